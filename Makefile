@@ -10,7 +10,7 @@ LOCK := uv pip compile pyproject.toml --quiet --universal --python-version 3.12 
 help: ## Lists the targets.
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
 
-setup: $(READY) ## Makes .venv with the pinned packages; PYTHON=... picks the interpreter.
+setup: $(READY) ## Makes .venv with the pinned packages; PYTHON=... names the interpreter of a new one.
 
 $(READY): pyproject.toml requirements/dev.txt .ci/setup .ci/find-python
 	@.ci/setup .venv

@@ -4,6 +4,7 @@ Plain mistakes in arguments raise `ValueError`; what is legal but not implemente
 `NotImplementedError`. A class of its own exists only where a front end must tell it apart.
 """
 
+import os
 from collections.abc import Sequence
 
 
@@ -53,3 +54,10 @@ class AdapterError(ValoraError, ValueError):
     def __init__(self, name: str, problems: Sequence[str]):
         lines = [f"adapter {name!r} does not fit the model:", *sorted(problems)]
         super().__init__("\n  ".join(lines))
+
+
+class TensorFileError(ValoraError, ValueError):
+    """A file of tensors is missing, damaged or of an unknown kind; names file and fault."""
+
+    def __init__(self, path: str | os.PathLike[str], *faults: str):
+        super().__init__("\n  ".join([f"{os.fspath(path)}: {faults[0]}", *faults[1:]]))

@@ -29,7 +29,7 @@ _RENAMED = (
 
 
 def is_llava_original(folder: str | os.PathLike[str]) -> bool:
-    """Whether the original LLaVA code wrote this folder: PEFT alone never writes the second file."""
+    """Whether LLaVA's own code wrote this folder: PEFT never writes the second file."""
     return (Path(folder) / NON_LORA_FILE).is_file()
 
 

@@ -93,6 +93,7 @@ def load_weights(
                 # Waiting keeps the host from running ahead of a slow copy to the device.
                 weights[entry.ours] = jax.block_until_ready(put(array))
             advance(sum(part.nbytes for part in parts))
+            del array, parts  # or they would stay while the next ones are read
     if problems:
         raise CheckpointError(problems)
     return weights

@@ -49,7 +49,7 @@ class Entry:
 
     def join(self, parts: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
         """Lays `parts`, in the order of `hf`, out as our parameter: a new array of `dtype`."""
-        out = np.empty(self.shape, dtype)
+        out = _aligned_empty(self.shape, dtype)
         stops = list(itertools.accumulate(part.shape[0] for part in parts))
         for part, stop in zip(parts, stops, strict=True):
             columns = slice(stop - part.shape[0], stop)
@@ -140,6 +140,14 @@ def is_finite(array: np.ndarray) -> bool:
     bits = array.view(unsigned)
     blocks = (bits[i : i + _BLOCK_ROWS] for i in range(0, len(bits), _BLOCK_ROWS))
     return not any(((block & exponent) == exponent).any() for block in blocks)
+
+
+def _aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """Memory that jax's CPU device takes over as it is; it copies what is not 64-byte aligned."""
+    size_bytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size_bytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size_bytes].view(dtype).reshape(shape)
 
 
 def _copy_transposed(source: np.ndarray, target: np.ndarray) -> None:

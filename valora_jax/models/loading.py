@@ -76,12 +76,9 @@ def load_weights(
     """
     checkpoint = open_checkpoint(folder)
     infos = {name: i for name, i in checkpoint.infos.items() if not name.endswith(ignored)}
-    entries, problems = _in_the_files_names(entries, infos, canonical)
-    problems += mismatches(entries, {name: info.shape for name, info in infos.items()})
-    problems += _dtype_faults(entries, infos, mixed=dtype is not None)
-    if problems:
-        raise CheckpointError(problems)
+    entries = _fit(entries, infos, canonical, mixed_dtypes=dtype is not None)
     weights: dict[str, jax.Array] = {}
+    problems: list[str] = []
     total_bytes = sum(infos[name].size_bytes for entry in entries for name in entry.hf)
     with _progress_bar(total_bytes, shown=progress) as advance:
         for entry, parts in _read(checkpoint, entries):
@@ -99,21 +96,29 @@ def load_weights(
     return weights
 
 
-def _in_the_files_names(
-    entries: Sequence[Entry], infos: Mapping[str, TensorInfo], canonical: Callable[[str], str]
-) -> tuple[list[Entry], list[str]]:
-    """The table as this checkpoint would write it, and the names that collide."""
+def _fit(
+    entries: Sequence[Entry],
+    infos: Mapping[str, TensorInfo],
+    canonical: Callable[[str], str],
+    *,
+    mixed_dtypes: bool,
+) -> list[Entry]:
+    """The table in this checkpoint's own names, or every fault that the headers show."""
     stored: dict[str, str] = {}
     problems = [
         f"{name} and {twin} are the same parameter"
         for name in infos
         if (twin := stored.setdefault(canonical(name), name)) != name
     ]
-    renamed = [
+    fitted = [
         dataclasses.replace(entry, hf={stored.get(n, n): shape for n, shape in entry.hf.items()})
         for entry in resolve(entries, stored)
     ]
-    return renamed, problems
+    problems += mismatches(fitted, {name: info.shape for name, info in infos.items()})
+    problems += _dtype_faults(fitted, infos, mixed=mixed_dtypes)
+    if problems:
+        raise CheckpointError(problems)
+    return fitted
 
 
 def _dtype_faults(

@@ -1,1 +1,4 @@
-"""Kernels of valora_jax; each folder is one operation with the same file names. Usable without the rest."""
+"""Kernels of valora_jax: one folder an operation, the same file names in each.
+
+Usable without the rest: they take plain arrays and small pytrees, and know no model.
+"""

@@ -46,9 +46,9 @@ def test_every_source_gives_the_same_picture(tmp_path):
         np.testing.assert_array_equal(np.asarray(load_image(source)), PICTURE)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV", "I", "F"])
 def test_a_mode_becomes_rgb_as_pillow_converts_it(mode):
-    image = Image.fromarray(PICTURE).convert(mode if mode != "LA" else "L").convert(mode)
+    image = Image.fromarray(PICTURE).convert(mode)
     got = load_image(image)
     assert got.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(got), np.asarray(image.convert("RGB")))
@@ -59,17 +59,22 @@ def test_sixteen_bit_grey_becomes_rgb_as_pillow_converts_it():
     np.testing.assert_array_equal(np.asarray(load_image(image)), np.asarray(image.convert("RGB")))
 
 
-def test_alpha_is_dropped_and_not_blended():
-    rgba = np.dstack([PICTURE, np.zeros(PICTURE.shape[:2], np.uint8)])
-    data = encoded(Image.fromarray(rgba))
-    np.testing.assert_array_equal(np.asarray(load_image(data)), PICTURE)
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_blended_onto_white(mode):
+    alpha = np.zeros(PICTURE.shape[:2], np.uint8)
+    alpha[:, 1:] = 255
+    image = Image.fromarray(PICTURE).convert(mode.removesuffix("A"))
+    opaque = np.asarray(image.convert("RGB"))
+    image.putalpha(Image.fromarray(alpha))
+    got = np.asarray(load_image(encoded(image)))
+    assert (got[:, 0] == 255).all()
+    np.testing.assert_array_equal(got[:, 1:], opaque[:, 1:])
 
 
-def test_a_palette_with_transparency_loads_without_a_warning():
+def test_a_palette_with_transparency_is_blended_too():
     palette = Image.fromarray(PICTURE).quantize(8)
-    data = encoded(palette, transparency=bytes(range(8)))
-    want = np.asarray(palette.convert("RGB"))
-    np.testing.assert_array_equal(np.asarray(load_image(data)), want)
+    got = np.asarray(load_image(encoded(palette, transparency=bytes(8))))
+    assert (got == 255).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -73,8 +73,8 @@ def load_image(source: ImageSource, *, limits: ImageLimits | None = None) -> Ima
       limits: sizes to refuse; `ImageLimits()` when None.
 
     Returns:
-      An RGB image of its own: later changes to `source` do not reach it. Alpha is dropped, not
-      blended, as `convert("RGB")` does.
+      An RGB image of its own: later changes to `source` do not reach it. Transparency is blended
+      onto white, as people see it and as transformers does since 5.23.
 
     Raises:
       ImageError: the image cannot be read, is empty, or exceeds a limit.
@@ -179,14 +179,19 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     try:
         image.load()
         orientation = _orientation(image)
-        if "transparency" in image.info:
-            # convert() warns that it cannot keep it; dropping it first gives the same pixels.
-            image = image.copy()
-            del image.info["transparency"]
-        rgb = image.convert("RGB") if image.mode != "RGB" else image.copy()
+        rgb = _on_white(image) if _has_alpha(image) else image.convert("RGB")
         return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
     except Exception as error:  # decoders raise anything on hostile bytes
         raise ImageError(f"cannot decode {name}: {error}; save it again and retry") from error
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return "A" in image.getbands() or image.info.get("transparency") is not None
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def _orientation(image: Image.Image) -> int:

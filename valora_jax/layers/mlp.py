@@ -1,0 +1,23 @@
+"""The gated MLP of Llama-like decoders: `down(silu(gate x) * up x)`. T tokens, D width."""
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+from valora_jax.layers.linear import Linear
+from valora_jax.lora.batch import LoraBatch
+
+
+class GatedMlp(nnx.Module):
+    """gate and up are one matmul."""
+
+    def __init__(self, width: int, *, mlp_width: int, layer: int, dtype: DTypeLike, rngs: nnx.Rngs):
+        kwargs = dict(layer=layer, dtype=dtype, rngs=rngs)
+        sites = ("decoder.gate", "decoder.up")
+        self.gate_up = Linear(width, (mlp_width, mlp_width), sites=sites, **kwargs)
+        self.down = Linear(mlp_width, (width,), sites=("decoder.down",), **kwargs)
+
+    def __call__(self, x_TD: jax.Array, *, lora: LoraBatch | None) -> jax.Array:
+        gate_TF, up_TF = self.gate_up(x_TD, lora)
+        (out_TD,) = self.down(jax.nn.silu(gate_TF) * up_TF, lora)
+        return out_TD

@@ -29,7 +29,9 @@ FLOORS = [
 ]
 # The order within the engine; modules that are not named here may stand anywhere in it.
 ENGINE = [
+    ("valora_jax.engine.sampling_params",),
     ("valora_jax.engine.request",),
+    ("valora_jax.engine.outputs",),
     ("valora_jax.engine.kv_blocks",),
     ("valora_jax.engine.scheduler",),
     ("valora_jax.engine.orchestrator",),
@@ -43,7 +45,9 @@ ENGINE = [
 WITHOUT_JAX = [
     "valora_jax.errors",
     "valora_jax.config",
+    "valora_jax.engine.sampling_params",
     "valora_jax.engine.request",
+    "valora_jax.engine.outputs",
     "valora_jax.engine.kv_blocks",
     "valora_jax.engine.scheduler",
     "valora_jax.engine.orchestrator",

@@ -1,0 +1,1 @@
+"""The engine: requests, KV pages, scheduling, and the steps that run them."""

@@ -1,0 +1,173 @@
+"""Heads that adapters bring: whole replacements of the `lm_head`, and task heads.
+
+A replaced head is large, so there are few, each a page of the site `REPLACED_HEADS`; task heads are
+small, so every adapter slot has room for one. S sampled rows, D model width, V vocabulary rows,
+P adapter slots, C classes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from pallas_kernels.lora_matmul import ActivePages
+from valora_jax.lora.adapter import Adapter, AdapterTarget
+from valora_jax.lora.residency import REPLACED_HEADS, Placement
+
+
+class HeadPool:
+    """Room for a number of replaced heads. An upload replaces `heads_DV`, as in `DevicePool`.
+
+    Attributes:
+      heads_DV: an array `[D, V]` each: page p of `REPLACED_HEADS` is `heads_DV[p - 1]`. As one
+        stacked array, a CPU copied each head that it multiplied, and took three times as long.
+    """
+
+    def __init__(self, target: AdapterTarget, *, heads: int, dtype: DTypeLike):
+        shape_DV = (target.width, target.vocab_rows)
+        self.heads_DV = tuple(jnp.zeros(shape_DV, dtype) for _ in range(heads))
+
+    def upload(self, adapter: Adapter, placement: Placement) -> None:
+        """Writes the adapter's replaced head, if it has one, to its place; does not wait."""
+        if (head_VD := adapter.replaced_head_VD) is not None:
+            (page,) = placement.pages[REPLACED_HEADS]
+            self._write(head_VD, page - 1)
+
+    def warm_up(self) -> None:
+        """Compiles the write by writing zeros. Only for an empty pool."""
+        if self.heads_DV:
+            self._write(np.zeros(self.heads_DV[0].shape[::-1], np.float32), 0)
+
+    def _write(self, head_VD: np.ndarray, index: int) -> None:
+        heads_DV = list(self.heads_DV)
+        heads_DV[index] = _write_head(heads_DV[index], head_VD.astype(heads_DV[index].dtype))
+        self.heads_DV = tuple(heads_DV)
+
+
+def head_bytes(target: AdapterTarget, *, heads: int, dtype: DTypeLike) -> int:
+    """Bytes that a `HeadPool` of these arguments takes."""
+    return heads * target.width * target.vocab_rows * jnp.dtype(dtype).itemsize
+
+
+def replaced_logits(
+    logits_SV: jax.Array,
+    hidden_SD: jax.Array,
+    heads_DV: Sequence[jax.Array],
+    *,
+    active: ActivePages,
+    adapter_S: jax.Array,
+) -> jax.Array:
+    """Puts the logits of replaced heads in place of the base's. LoRA on the head comes after.
+
+    Costs one product a replaced head in use, and nothing where there is none.
+
+    Args:
+      logits_SV: of the base.
+      hidden_SD: input of the head.
+      heads_DV: of the `HeadPool`.
+      active: the pages of `REPLACED_HEADS`.
+      adapter_S: `[S]` int32 adapter slot of each row, -1 for none.
+    """
+    if not heads_DV:
+        return logits_SV
+
+    def product(head_DV: jax.Array) -> jax.Array:
+        head_DV = head_DV.astype(hidden_SD.dtype)
+        return jnp.dot(hidden_SD, head_DV, preferred_element_type=jnp.float32)
+
+    products = [functools.partial(product, head_DV) for head_DV in heads_DV]
+
+    def replace_rows(i: jax.Array, logits_SV: jax.Array) -> jax.Array:
+        new_SV = jax.lax.switch(active.page_P[i] - 1, products).astype(logits_SV.dtype)
+        return jnp.where((adapter_S == active.owner_P[i])[:, None], new_SV, logits_SV)
+
+    return jax.lax.fori_loop(0, active.count, replace_rows, logits_SV)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TaskHeads:
+    """The task head of every slot, in float32, filled up with zeros: `[P, C, D]` and `[P, C]`."""
+
+    weight_PCD: jax.Array
+    bias_PC: jax.Array
+
+
+class TaskHeadPool:
+    """Room for a task head in every adapter slot. An upload replaces `heads`."""
+
+    def __init__(self, target: AdapterTarget, *, slots: int, max_classes: int):
+        self.heads = TaskHeads(
+            weight_PCD=jnp.zeros((slots, max_classes, target.width), jnp.float32),
+            bias_PC=jnp.zeros((slots, max_classes), jnp.float32),
+        )
+
+    def refusals(self, adapter: Adapter) -> list[str]:
+        """Why an adapter's task head does not fit; empty if it does or there is none."""
+        max_classes = self.heads.bias_PC.shape[1]
+        head = adapter.task_head
+        if head is None or (classes := head.weight_CD.shape[0]) <= max_classes:
+            return []
+        return [
+            f"{head.module}: a task head of {classes} classes, the device has room for "
+            f"{max_classes}; raise EngineConfig.max_classes"
+        ]
+
+    def upload(self, adapter: Adapter, placement: Placement) -> None:
+        """Writes the adapter's task head, if it has one, to its slot; does not wait."""
+        if (head := adapter.task_head) is not None:
+            self._write(head.weight_CD, head.bias_C, placement.slot)
+
+    def warm_up(self) -> None:
+        """Compiles the write by writing zeros. Only for an empty pool."""
+        self._write(np.zeros((0, self.heads.weight_PCD.shape[2])), None, 0)
+
+    def _write(self, weight_CD: np.ndarray, bias_C: np.ndarray | None, slot: int) -> None:
+        _, C, D = self.heads.weight_PCD.shape
+        head = np.zeros((C, D), np.float32), np.zeros(C, np.float32)
+        head[0][: len(weight_CD)] = weight_CD
+        if bias_C is not None:
+            head[1][: len(bias_C)] = bias_C
+        self.heads = _write_task_head(self.heads, head, np.int32(slot))
+
+
+def class_logits(hidden_SD: jax.Array, heads: TaskHeads, adapter_S: jax.Array) -> jax.Array:
+    """Applies each row's task head.
+
+    Args:
+      hidden_SD: after the final norm.
+      heads: of the `TaskHeadPool`.
+      adapter_S: `[S]` int32 adapter slot of each row; rows of -1 get zeros.
+
+    Returns:
+      `[S, C]` float32; beyond an adapter's own classes, zeros.
+    """
+    # Full float32: a GPU would round the factors to 10 bits otherwise.
+    logits_SC = jnp.einsum(
+        "SD,SCD->SC",
+        hidden_SD.astype(jnp.float32),
+        heads.weight_PCD[adapter_S],
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    logits_SC += heads.bias_PC[adapter_S]
+    return jnp.where((adapter_S >= 0)[:, None], logits_SC, 0)
+
+
+# keep_unused: the old head is donated for its memory alone.
+@functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
+def _write_head(_old_DV: jax.Array, head_VD: jax.Array) -> jax.Array:
+    return head_VD.T
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_task_head(
+    heads: TaskHeads, head: tuple[jax.Array, jax.Array], slot: jax.Array
+) -> TaskHeads:
+    write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=slot, axis=0)
+    return TaskHeads(
+        weight_PCD=write(heads.weight_PCD, head[0]), bias_PC=write(heads.bias_PC, head[1])
+    )

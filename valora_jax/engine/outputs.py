@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
-from valora_jax.engine.request import AdapterRef, FinishReason
+from valora_jax.engine.request import FinishReason
+from valora_jax.lora.host_store import AdapterRef
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

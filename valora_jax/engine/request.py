@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from valora_jax.engine.sampling_params import SamplingParams
+from valora_jax.lora.host_store import AdapterRef
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -20,14 +21,6 @@ class Phase(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class AdapterRef:
-    """One immutable version of an adapter; a reload under the same name has another version."""
-
-    name: str
-    version: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -77,6 +77,11 @@ class SamplingParams:
         return self.temperature < GREEDY_TEMPERATURE
 
     @property
+    def has_penalties(self) -> bool:
+        """Whether the tokens so far change the logits."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` in the one form in which it is stored."""
         return cast(tuple[str, ...], self.stop)

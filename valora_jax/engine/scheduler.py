@@ -234,10 +234,10 @@ class Scheduler:
 
     def _plan_prefills(self, plan: Plan) -> None:
         for request in self._running:
-            budget = self._budget(plan)
-            if budget == 0:
-                return
             if request.remaining > 1:
+                budget = self._budget(plan)
+                if budget == 0:
+                    return
                 self._add_chunk(plan, request, min(request.remaining, budget))
 
     def _plan_admissions(self, plan: Plan) -> None:

@@ -12,6 +12,9 @@ from valora_jax.lora.adapter import AdapterTarget
 from valora_jax.lora.batch import LoraBatch
 from valora_jax.models.weight_map import Entry
 
+# The LoRA site of the output head, in every family: the engine adds it after replaced heads.
+HEAD_SITE = "head"
+
 
 class Model(Protocol):
     """The forward pass in the engine's terms; see `models.llava15.modeling` for the shapes."""
@@ -26,7 +29,7 @@ class Model(Protocol):
         self, x_TD: jax.Array, position_T: jax.Array, *, cursor: KVCursor, lora: LoraBatch | None
     ) -> jax.Array: ...
 
-    def logits(self, hidden_TD: jax.Array, *, lora: LoraBatch | None) -> jax.Array: ...
+    def logits(self, hidden_TD: jax.Array) -> jax.Array: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -55,7 +55,7 @@ class Decoder(nnx.Module):
             DecoderBlock(cfg, layer=i, dtype=dtype, rngs=rngs) for i in range(cfg.layers)
         )
         self.norm = RMSNorm(cfg.width, eps=cfg.norm_eps, dtype=dtype)
-        self.head = Linear(cfg.width, (cfg.vocab_rows,), sites=("head",), dtype=dtype, rngs=rngs)
+        self.head = Linear(cfg.width, (cfg.vocab_rows,), sites=(), dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x_TD: jax.Array, position_T: jax.Array, *, cursor: KVCursor, lora: LoraBatch | None
@@ -101,7 +101,8 @@ class Llava15(nnx.Module):
         """Returns `[T, D]` hidden states after the final norm; keys and values go to `cursor`."""
         return self.decoder(x_TD, position_T, cursor=cursor, lora=lora)
 
-    def logits(self, hidden_TD: jax.Array, *, lora: LoraBatch | None) -> jax.Array:
-        """Returns `[T, V]` float32 logits of hidden states."""
-        (logits_TV,) = self.decoder.head(hidden_TD, lora)
-        return logits_TV.astype(jnp.float32)
+    def logits(self, hidden_TD: jax.Array) -> jax.Array:
+        """Returns `[T, V]` float32 logits of hidden states, by the base model's head."""
+        kernel_DV = self.decoder.head.kernel[...]
+        hidden_TD = hidden_TD.astype(kernel_DV.dtype)
+        return jnp.dot(hidden_TD, kernel_DV, preferred_element_type=jnp.float32)

@@ -1,0 +1,91 @@
+"""Settings of the engine. The command line's flags and the keys of TOML files are these fields."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Sizes are fixed when the engine starts; memory is taken then, and nothing compiles later.
+
+    Attributes:
+      dtype: of weights and arithmetic. "auto" is the checkpoint's 16-bit type on an accelerator; on
+        a CPU float32, with prompts in bfloat16 if this CPU multiplies that faster.
+      max_requests: requests that run at once; more wait.
+      max_waiting: requests in the queue; more are refused.
+      max_tokens_per_step: prompt and decode tokens of one step. Longer prompts take several steps.
+      max_request_tokens: prompt and answer together; None is what the model's positions allow.
+      page_tokens: tokens of a key-value page; prefixes are shared in whole pages.
+      kv_pages: key-value pages; None takes what the requests can use and the memory allows.
+      memory_fraction: of the memory free after loading that key-value pages may take.
+      prefix_cache: share pages of equal prefixes between requests of the same adapter.
+      image_slots: images whose features are kept on the device.
+      max_adapters: adapters on the device at once; 0 serves the base model alone. More can be
+        loaded, and take turns.
+      lora_pages: pages of 16 rank rows a kind of linear in the decoder, tower and head.
+      projector_lora_pages: the same for the projector, which some adapters replace whole.
+      max_replaced_heads: adapters on the device that bring a whole `lm_head`.
+      max_classes: outputs of the largest task head; 0 takes no task heads.
+      host_adapter_bytes: adapters kept in host memory; others are read again when needed.
+      compile_cache: folder for compiled steps, so that the next start is quick; None compiles anew.
+      warm_up: compile every step's shape at the start. Without it a shape compiles when first met.
+      seed: of requests that bring none.
+
+    Raises:
+      ValueError: a size is out of range; lists every fault.
+    """
+
+    dtype: Dtype = "auto"
+    max_requests: int = 16
+    max_waiting: int = 1024
+    max_tokens_per_step: int = 512
+    max_request_tokens: int | None = None
+    page_tokens: int = 64
+    kv_pages: int | None = None
+    memory_fraction: float = 0.8
+    prefix_cache: bool = True
+    image_slots: int = 32
+    max_adapters: int = 16
+    lora_pages: int = 32
+    projector_lora_pages: int = 32
+    max_replaced_heads: int = 0
+    max_classes: int = 128
+    host_adapter_bytes: int = 16 * 2**30
+    compile_cache: Path | None = Path("~/.cache/valora_jax/compiled")
+    warm_up: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {
+            "max_requests": 1,
+            "max_waiting": 1,
+            "max_tokens_per_step": 1,
+            "max_request_tokens": 2,
+            "page_tokens": 1,
+            "kv_pages": 2,
+            "image_slots": 1,
+            "max_adapters": 0,
+            "lora_pages": 1,
+            "projector_lora_pages": 1,
+            "max_replaced_heads": 0,
+            "max_classes": 0,
+            "host_adapter_bytes": 0,
+        }
+        values = {name: getattr(self, name) for name in least}
+        faults = [
+            f"{name}={values[name]} must be at least {low}"
+            for name, low in least.items()
+            if values[name] is not None and values[name] < low
+        ]
+        if not 0 < self.memory_fraction <= 1:
+            faults.append(f"memory_fraction={self.memory_fraction} is not in (0, 1]")
+        if self.max_requests > self.max_tokens_per_step:
+            faults.append(
+                f"max_requests={self.max_requests} exceeds max_tokens_per_step="
+                f"{self.max_tokens_per_step}: a step must hold one token of every request"
+            )
+        if faults:
+            raise ValueError("\n  ".join(["the engine's settings are wrong:", *faults]))

@@ -1,0 +1,95 @@
+"""A plan as arrays: one int32 buffer a step, so that the host makes one transfer.
+
+Field names are the same on both sides: `pack` fills them on the host, `unpack` slices them out of
+the buffer while the step is traced. T tokens, D decode rows, C chunks, W pages a request, S
+sampled rows, X banned tokens a row.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from valora_jax.engine.buckets import Bucket
+from valora_jax.engine.sampler import MAX_BANNED
+
+_FLOATS = frozenset(
+    {
+        "temperature",
+        "top_p",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BatchLayout:
+    """Names and shapes of a step's fields, in the order of the buffer."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, bucket: Bucket, *, request_pages: int, active: tuple[int, ...]) -> "BatchLayout":
+        """Args:
+        bucket: the step's shape.
+        request_pages: W, pages that the longest request takes.
+        active: shape of the list of active LoRA pages; empty for a step without adapters.
+        """
+        T, D, C, S, W = bucket.tokens, bucket.decodes, bucket.chunks, bucket.rows, request_pages
+        per_token = ("token", "token_row", "position", "page", "offset", "feature_row", "adapter")
+        per_row = ("sample_index", "state_row", "step", "seed", "top_k", *sorted(_FLOATS))
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(per_token, (T,))
+        shapes |= dict.fromkeys(per_row, (S,))
+        shapes |= {"banned": (S, MAX_BANNED), "wants_logprobs": ()}
+        shapes |= {"decode_kv_len": (D,), "decode_page": (D, W), "decode_count": ()}
+        if C:
+            shapes |= dict.fromkeys(("chunk_start", "chunk_len", "chunk_kv_len"), (C,))
+            shapes |= {"chunk_page": (C, W), "chunk_count": ()}
+        if active:
+            shapes["active"] = active
+        return cls(shapes=shapes)
+
+    @classmethod
+    def of_images(
+        cls, images: int, *, vision_tokens: int, active: tuple[int, ...]
+    ) -> "BatchLayout":
+        """Images to encode: the adapter of each row in the tower, and where their features go."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "adapter": (images * vision_tokens,),
+            "first_row": (images,),
+        }
+        if active:
+            shapes["active"] = active
+        return cls(shapes=shapes)
+
+    @property
+    def size(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def buffer(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """A zeroed buffer and writable views of its fields by name."""
+        packed = np.zeros(self.size, np.int32)
+        return packed, {
+            name: field.view(np.float32) if name in _FLOATS else field
+            for name, field in self._slices(packed)
+        }
+
+    def unpack(self, packed: jax.Array) -> dict[str, jax.Array]:
+        """The traced inverse of `buffer`."""
+        return {
+            name: jax.lax.bitcast_convert_type(field, jnp.float32) if name in _FLOATS else field
+            for name, field in self._slices(packed)
+        }
+
+    def _slices(self, packed):
+        start = 0
+        for name, shape in self.shapes.items():
+            stop = start + math.prod(shape)
+            yield name, packed[start:stop].reshape(shape)
+            start = stop

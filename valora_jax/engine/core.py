@@ -1,0 +1,184 @@
+"""The engine's loop: plan, enqueue, read the step before, hand tokens to their answers.
+
+One step is in flight ahead of the host: step n+1 is enqueued before step n's tokens are read. Not
+for several threads at once; `Engine` locks.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+
+from valora_jax.engine.adapters import EngineAdapters
+from valora_jax.engine.answer import Answer, PromptScores
+from valora_jax.engine.image_cache import ImageCache
+from valora_jax.engine.outputs import RequestMetrics
+from valora_jax.engine.request import FinishReason, Phase, Request
+from valora_jax.engine.runner import InFlight, Runner
+from valora_jax.engine.scheduler import Plan, Scheduler
+from valora_jax.media.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(kw_only=True, slots=True, eq=False)
+class Job:
+    """A request in the engine and what becomes of it.
+
+    Attributes:
+      request: what the scheduler sees.
+      pixels: of its images, in order.
+      answer: its text.
+      scores: of its prompt; None where nobody asked.
+      error: what ended it, if something failed.
+    """
+
+    request: Request
+    pixels: Sequence[np.ndarray]
+    answer: Answer
+    scores: PromptScores | None = None
+    error: Exception | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.answer.finish_reason is not None
+
+    def metrics(self) -> RequestMetrics:
+        return RequestMetrics(
+            arrival_s=self.request.arrival_s,
+            first_token_s=self.first_token_s,
+            finished_s=self.finished_s,
+            cached_tokens=self.request.cached_tokens,
+            preemptions=self.request.preemptions,
+        )
+
+
+class EngineCore:
+    """Moves jobs from `add` to their end. `on_progress` hears of each job that has news."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        images: ImageCache,
+        adapters: EngineAdapters | None,
+        *,
+        tokenizer: Tokenizer,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.scheduler, self.images, self.adapters = scheduler, images, adapters
+        self._runner, self._tokenizer, self._clock = runner, tokenizer, clock
+        self._jobs: dict[Request, Job] = {}
+        self._in_flight: collections.deque[InFlight] = collections.deque()
+        # Row of the sampler's state -> whose counts it has: (request, how often preempted).
+        self._counted: dict[int | None, tuple[Request, int]] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._in_flight)
+
+    def add(self, jobs: Collection[Job]) -> None:
+        """Queues jobs, all or none; raises what `Scheduler.add` raises."""
+        self.scheduler.add(*(job.request for job in jobs))
+        self._jobs |= {job.request: job for job in jobs}
+
+    def abort(self, job: Job) -> None:
+        """Ends a job now, in any phase; its text so far stays. Too late is no mistake."""
+        if not job.finished:
+            self._finish(job, job.answer.end("abort"))
+
+    def step(self) -> list[Job]:
+        """Enqueues the next step and reads the one before; returns the jobs that have news."""
+        plan = self.scheduler.plan()
+        news = self._fail_unreadable()
+        if plan is not None and plan.tokens:
+            self._enqueue(plan)
+        if len(self._in_flight) > 1 or (self._in_flight and (plan is None or not plan.tokens)):
+            news += self._take(self._in_flight.popleft())
+        return news
+
+    def _fail_unreadable(self) -> list[Job]:
+        """Ends jobs whose adapter cannot be read again."""
+        failed = []
+        for request, error in self.adapters.take_failures() if self.adapters else ():
+            job = self._jobs[request]
+            job.error = error
+            self._finish(job, job.answer.end("abort"))
+            failed.append(job)
+        return failed
+
+    def _enqueue(self, plan: Plan) -> None:
+        self._encode_images()
+        for chunk in (*plan.decodes, *plan.prefills):
+            self._count_tokens(chunk.request)
+        self._in_flight.append(self._runner.execute(plan))
+        for chunk in (*plan.decodes, *plan.prefills):
+            images = chunk.request.images
+            if images and chunk.request.computed >= images[-1].end:
+                self.images.release(chunk.request)
+
+    def _encode_images(self) -> None:
+        new = self.images.take_new()
+        self._runner.encode(
+            [
+                (
+                    self._jobs[image.request].pixels[image.index],
+                    image.slot,
+                    self.adapters.slot(image.request) if self.adapters else -1,
+                )
+                for image in new
+            ]
+        )
+
+    def _count_tokens(self, request: Request) -> None:
+        """Once each time that a request with penalties is admitted."""
+        admission = (request, request.preemptions)
+        if request.params.has_penalties and self._counted.get(request.row) != admission:
+            self._runner.set_counts(request)
+            self._counted[request.row] = admission
+
+    def _take(self, step: InFlight) -> list[Job]:
+        """Reads a step's results into the jobs' answers."""
+        sampled = step.sampled.to_numpy()
+        self._take_scores(step)
+        news = []
+        for row, request in enumerate(step.requests):
+            if not self.scheduler.append_token(request, int(sampled.token_S[row])):
+                continue  # it finished while the step ran
+            job = self._jobs[request]
+            if job.first_token_s is None:
+                job.first_token_s = self._clock()
+            if (reason := job.answer.add(sampled, row)) is not None:
+                self._finish(job, reason)
+            news.append(job)
+        return news
+
+    def _take_scores(self, step: InFlight) -> None:
+        if step.scores is None:
+            return
+        following = step.scores.following.to_numpy()
+        row = 0
+        for chunk in (*step.plan.decodes, *step.plan.prefills):
+            job = self._jobs.get(chunk.request)
+            if job is not None and job.scores is not None:
+                job.scores.add(
+                    step.scores.logits_TV,
+                    following,
+                    row=row,
+                    position=chunk.start,
+                    length=chunk.length,
+                    tokenizer=self._tokenizer,
+                )
+            row += chunk.length
+
+    def _finish(self, job: Job, reason: FinishReason) -> None:
+        request = job.request
+        self.scheduler.finish(request, reason)
+        assert request.phase is Phase.FINISHED
+        self.images.release(request)
+        if self.adapters and request.adapter is not None:
+            self.adapters.let_go(request.adapter)
+        del self._jobs[request]
+        job.finished_s = self._clock()

@@ -1,0 +1,306 @@
+"""The engine's door: prompts in, answers out, adapters loaded and taken away by name.
+
+Whoever waits for an answer drives the engine: there is no thread of its own. Calls from several
+threads share the steps, one at a time.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from valora_jax.config import EngineConfig
+from valora_jax.engine.adapters import EngineAdapters
+from valora_jax.engine.generation import CheckedPrompt, Generation, Prompts
+from valora_jax.engine.outputs import RequestOutput
+from valora_jax.engine.sampling_params import SamplingParams
+from valora_jax.engine.start import Parts, start
+from valora_jax.errors import AdapterNotFoundError, OutOfCapacityError
+from valora_jax.lora.combine import Kind
+from valora_jax.lora.host_store import AdapterInfo
+from valora_jax.media.chat import render_chat
+from valora_jax.media.prompts import Prompt
+
+type Messages = Sequence[Mapping[str, Any]]
+
+
+class Engine:
+    """Serves one model with many adapters; use it in a `with` block, or call `close`."""
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        config: EngineConfig | None = None,
+        *,
+        show_progress: bool = True,
+    ):
+        """Loads a checkpoint folder, takes the memory and compiles every step.
+
+        Args:
+          model: a Hugging Face checkpoint folder.
+          config: sizes; see there.
+          show_progress: bars and the memory plan, on stderr.
+
+        Raises:
+          CheckpointError: the folder does not fit a known model; lists every fault.
+          NotImplementedError: this variant of a known model is not ported.
+          ValueError: the configured sizes do not fit the device.
+        """
+        self.config = config or EngineConfig()
+        self._show_progress = show_progress
+        self.parts: Parts = start(Path(model), self.config, show_progress=show_progress)
+        self._core = self.parts.core
+        self._prompts = Prompts(self.parts, seed=self.config.seed)
+        self._lock = threading.RLock()
+        self._generations: dict[str, Generation] = {}
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends every request and reads what is in flight."""
+        for request_id in list(self._generations):
+            self.abort(request_id)
+        with self._lock:
+            while self._core.has_work:
+                self._core.step()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | Sequence[str | None] | None = None,
+        show_progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Runs prompts to completion, mixing adapters freely, and returns them in order.
+
+        Args:
+          prompts: one, or several: a text, or a dict with "prompt" or "prompt_token_ids" and
+            "multi_modal_data".
+          sampling_params: for all, or one for each prompt; `SamplingParams()` if None.
+          adapter: a loaded adapter's name for all, or one for each prompt; None is the base model.
+          show_progress: a bar on stderr; None does as the engine was told.
+
+        Returns:
+          One output a prompt. An answer's `finish_reason` is "stop" (end token, stop token or stop
+          string), "length", or "abort".
+
+        Raises:
+          AdapterNotFoundError: a prompt's adapter is not loaded. Like all the following, before
+            any prompt runs.
+          ValueError: a prompt has the wrong form, or other images than placeholders.
+          ImageError: an image cannot be read, or is too large.
+          RequestTooLongError: a prompt can never fit the engine.
+        """
+        prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        params = _one_each("sampling_params", sampling_params or SamplingParams(), len(prompts))
+        adapters = _one_each("adapter", adapter, len(prompts))
+        self._check_adapters(adapters)
+        checked = [
+            self._prompts.check(p, params) for p, params in zip(prompts, params, strict=True)
+        ]
+        shown = self._show_progress if show_progress is None else show_progress
+        return [g.output() for g in self._run_all(checked, adapters, shown=shown)]
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | Sequence[str | None] | None = None,
+        show_progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Like `generate`, for one conversation in OpenAI's form or several, through the chat
+        template."""
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        prompts = [self.render_chat(each) for each in ([messages] if one else messages)]
+        return self.generate(prompts, sampling_params, adapter=adapter, show_progress=show_progress)
+
+    def render_chat(self, messages: Messages) -> Prompt:
+        """A conversation as a prompt of `generate`.
+
+        Raises:
+          ValueError: messages have the wrong form, or the checkpoint has no chat template.
+        """
+        tokenizer = self.parts.tokenizer
+        if tokenizer.chat_template is None:
+            raise ValueError("the checkpoint has no chat template; call generate with a prompt")
+        text, images = render_chat(
+            tokenizer.chat_template,
+            messages,
+            image_token=self.parts.spec.image_token,
+            special_tokens=tokenizer.special_tokens,
+        )
+        return {"prompt": text, "multi_modal_data": {"image": images}}
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Yields the output as it grows, whole each time; raises at once what `generate` raises.
+
+        Closing the iterator, or losing it, aborts the request.
+
+        Raises:
+          OutOfCapacityError: the queue is full.
+        """
+        self._check_adapters([adapter])
+        checked = self._prompts.check(prompt, sampling_params or SamplingParams())
+        return self._follow(self._start(checked, adapter))
+
+    def prompt_logits(
+        self, prompts: Sequence[Prompt], *, adapter: str | Sequence[str | None] | None = None
+    ) -> list[np.ndarray]:
+        """Scores prompts: float32 logits `[tokens, V]` after each token, images' tokens included.
+
+        Raises what `generate` raises.
+        """
+        adapters = _one_each("adapter", adapter, len(prompts))
+        self._check_adapters(adapters)
+        params = SamplingParams(temperature=0, max_tokens=1)
+        checked = [self._prompts.check(prompt, params) for prompt in prompts]
+        done = self._run_all(checked, adapters, shown=False, keep_logits=True)
+        return [np.concatenate(g.jobs[0].scores.logits) for g in done if g.jobs[0].scores]
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; its answers have the finish reason "abort". Too late is no mistake."""
+        with self._lock:
+            if (generation := self._generations.pop(request_id, None)) is not None:
+                for job in generation.jobs:
+                    self._core.abort(job)
+
+    def load_adapter(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:
+        """Loads a PEFT or original LLaVA adapter folder; the reply says what was bound.
+
+        A loaded name gets a new version; requests in the engine finish on the old one.
+
+        Raises:
+          AdapterError: it does not fit; lists every fault.
+          NotImplementedError: it is of a kind that is not served.
+          TensorFileError: a file is damaged.
+        """
+        return self._with_adapters(lambda adapters: adapters.load(name, Path(path)))
+
+    def unload_adapter(self, name: str) -> None:
+        """Takes a name away; requests in the engine finish. Raises AdapterNotFoundError."""
+        self._with_adapters(lambda adapters: adapters.unload(name))
+
+    def list_adapters(self) -> list[AdapterInfo]:
+        """Every version that is loaded, or still in use."""
+        return self._with_adapters(lambda adapters: adapters.infos()) if self._core.adapters else []
+
+    def combine_adapters(
+        self, name: str, parts: Mapping[str, float], *, kind: Kind = "cat"
+    ) -> AdapterInfo:
+        """Registers a weighted sum of loaded adapters as an adapter.
+
+        Args:
+          parts: loaded name -> weight.
+          kind: "cat" is the exact sum of the updates, "linear" is PEFT's mix of the factors.
+
+        Raises:
+          AdapterNotFoundError: a part is not loaded.
+          ValueError: the parts cannot be combined that way.
+        """
+        return self._with_adapters(lambda adapters: adapters.combine(name, parts, kind=kind))
+
+    def _with_adapters[Result](self, do: Callable[[EngineAdapters], Result]) -> Result:
+        if self._core.adapters is None:
+            raise ValueError("this engine serves no adapters; raise EngineConfig.max_adapters")
+        with self._lock:
+            return do(self._core.adapters)
+
+    def _check_adapters(self, names: Sequence[str | None]) -> None:
+        loaded = {info.ref.name for info in self.list_adapters() if info.current}
+        for name in names:
+            if name is not None and name not in loaded:
+                raise AdapterNotFoundError(name, sorted(loaded))
+
+    def _start(
+        self, checked: CheckedPrompt, adapter: str | None, *, keep_logits: bool = False
+    ) -> Generation:
+        """Queues a prompt; raises OutOfCapacityError, with nothing held, when the queue is full."""
+        with self._lock:
+            held = [
+                self._with_adapters(lambda adapters: adapters.hold(adapter)) if adapter else None
+                for _ in range(checked.params.n)
+            ]
+            generation = self._prompts.make(checked, held, keep_logits=keep_logits)
+            try:
+                self._core.add(generation.jobs)
+            except Exception:
+                for ref in held:
+                    if ref is not None:
+                        self._with_adapters(lambda adapters, ref=ref: adapters.let_go(ref))
+                raise
+            self._generations[generation.id] = generation
+            return generation
+
+    def _run_all(
+        self,
+        checked: Sequence[CheckedPrompt],
+        adapters: Sequence[str | None],
+        *,
+        shown: bool,
+        keep_logits: bool = False,
+    ) -> list[Generation]:
+        """Runs prompts to completion, queueing as many as there is room for."""
+        started: list[Generation] = []
+        columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns += (TextColumn("{task.fields[tokens]} tokens"),)
+        try:
+            with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+                task = bar.add_task("generating", total=len(checked), tokens=0)
+                while not (len(started) == len(checked) and all(g.finished for g in started)):
+                    try:
+                        while len(started) < len(checked):
+                            i = len(started)
+                            started.append(
+                                self._start(checked[i], adapters[i], keep_logits=keep_logits)
+                            )
+                    except OutOfCapacityError:
+                        if not self._core.has_work:
+                            raise
+                    self._step()
+                    finished = sum(g.finished for g in started)
+                    bar.update(task, completed=finished, tokens=sum(g.tokens for g in started))
+        finally:
+            for generation in started:
+                self.abort(generation.id)
+        return started
+
+    def _follow(self, generation: Generation) -> Iterator[RequestOutput]:
+        try:
+            seen = 0
+            while not generation.finished:
+                self._step()
+                if generation.tokens > seen or generation.finished:
+                    seen = generation.tokens
+                    yield generation.output()
+        finally:
+            self.abort(generation.id)
+
+    def _step(self) -> None:
+        with self._lock:
+            self._core.step()
+
+
+def _one_each(what: str, value: Any, number: int) -> list[Any]:
+    """One value for all, or a sequence that has one for each."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [value] * number
+    if len(value) != number:
+        raise ValueError(f"{what} has {len(value)} entries for {number} prompts; give one for each")
+    return list(value)

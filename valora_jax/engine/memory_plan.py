@@ -1,0 +1,110 @@
+"""Where the device's memory goes, decided before it is taken and printed at the start."""
+
+import dataclasses
+import os
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from valora_jax.config import EngineConfig
+from valora_jax.models.spec import ModelSpec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """Sizes in bytes, but for the counts of pages.
+
+    Attributes:
+      kv_pages: pages of the cache, the scratch page included.
+      request_pages: pages that the longest request takes.
+      max_request_tokens: prompt and answer together.
+    """
+
+    weights_bytes: int
+    adapters_bytes: int
+    features_bytes: int
+    sampler_bytes: int
+    page_bytes: int
+    kv_pages: int
+    request_pages: int
+    max_request_tokens: int
+    free_bytes: int
+
+    @classmethod
+    def make(
+        cls,
+        config: EngineConfig,
+        spec: ModelSpec,
+        *,
+        dtype: np.dtype,
+        weights_bytes: int,
+        adapters_bytes: int,
+        free_bytes: int,
+    ) -> "MemoryPlan":
+        """Sizes the cache: what all requests at their longest can use, if the memory allows.
+
+        Args:
+          dtype: of the cache and the image features.
+          weights_bytes: taken already.
+          adapters_bytes: that the adapter pool will take.
+          free_bytes: on the device now, with the weights loaded.
+
+        Raises:
+          ValueError: not even one request of the configured length would fit.
+        """
+        features_bytes = config.image_slots * spec.tokens_per_image * spec.width * dtype.itemsize
+        # Counts are int32, and a flag of a byte, for each running request and padding.
+        sampler_bytes = (config.max_requests + 1) * spec.vocab_rows * 5
+        page_elements = 2 * spec.layers * spec.kv_heads * config.page_tokens * spec.head_width
+        page_bytes = page_elements * dtype.itemsize
+        limit = min(config.max_request_tokens or spec.max_positions, spec.max_positions)
+        request_pages = -(-limit // config.page_tokens)
+        left_bytes = int(config.memory_fraction * free_bytes)
+        left_bytes -= adapters_bytes + features_bytes + sampler_bytes
+        wanted = 1 + config.max_requests * request_pages
+        kv_pages = config.kv_pages or min(wanted, left_bytes // page_bytes)
+        if kv_pages < 2 or kv_pages * page_bytes > left_bytes:
+            raise ValueError(
+                f"{max(left_bytes, 0) / 2**30:.2f} GiB of {free_bytes / 2**30:.2f} GiB free memory "
+                f"are left for the key-value cache, which needs {max(kv_pages, 2)} pages of "
+                f"{page_bytes / 2**20:.2f} MiB; lower max_adapters, lora_pages, image_slots or "
+                "kv_pages, or raise memory_fraction"
+            )
+        return cls(
+            weights_bytes=weights_bytes,
+            adapters_bytes=adapters_bytes,
+            features_bytes=features_bytes,
+            sampler_bytes=sampler_bytes,
+            page_bytes=page_bytes,
+            kv_pages=kv_pages,
+            request_pages=request_pages,
+            max_request_tokens=limit,
+            free_bytes=free_bytes,
+        )
+
+    def print(self, console: Console) -> None:
+        """Shows the plan as a table."""
+        table = Table("memory", "MiB", "what for", title_justify="left")
+        kv_bytes = self.kv_pages * self.page_bytes
+        rows = (
+            ("weights", self.weights_bytes, "loaded"),
+            ("adapters", self.adapters_bytes, "rank pages, replaced heads, task heads"),
+            ("image features", self.features_bytes, "of recent images"),
+            ("sampler", self.sampler_bytes, "last tokens and penalties"),
+            ("key-value cache", kv_bytes, f"{self.kv_pages} pages; longest request "
+             f"{self.max_request_tokens} tokens"),
+            ("free before", self.free_bytes, "with the weights loaded"),
+        )  # fmt: skip
+        for name, size_bytes, what in rows:
+            table.add_row(name, f"{size_bytes / 2**20:,.0f}", what)
+        console.print(table)
+
+
+def free_device_bytes() -> int:
+    """Memory that the default device can still give: its allocator's limit, or the host's RAM."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,270 @@
+"""Owns the device: weights, cache, features, adapters; runs compiled steps and hands back handles.
+
+Decides nothing. Calls enqueue work and return; `InFlight.read` waits for its results.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pallas_kernels.paged_attention import KVPages
+from valora_jax.config import EngineConfig
+from valora_jax.engine import step
+from valora_jax.engine.batch import BatchLayout
+from valora_jax.engine.buckets import Bucket, Buckets
+from valora_jax.engine.fill import Fields, Sources, fill, neutral
+from valora_jax.engine.memory_plan import MemoryPlan
+from valora_jax.engine.precision import Precision, in_dtype
+from valora_jax.engine.request import Request
+from valora_jax.engine.sampler import Sampled, SamplerState
+from valora_jax.engine.scheduler import Plan
+from valora_jax.models.build import parameter_paths, with_weights
+from valora_jax.models.spec import Model, ModelSpec
+
+_IMAGES_A_CALL = (1, 4)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """Of every token of a step, in the order of the plan's chunks: logits `[T, V]`, and the token
+    that follows it in its prompt as if it had been sampled (arbitrary after the last one)."""
+
+    logits_TV: jax.Array
+    following: Sampled
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class InFlight:
+    """A step that was enqueued; `sampled` has a row for each of `requests`, in order."""
+
+    plan: Plan
+    requests: list[Request]
+    sampled: Sampled
+    scores: Scores | None
+
+
+class Adapters(Protocol):
+    """What steps need of adapters; see `engine.adapters`."""
+
+    pages_of_site: Mapping[str, int]
+
+    def arrays(self) -> step.AdapterArrays:
+        """Their place on the device, as it is now."""
+        ...
+
+    def active(self, slots: Sequence[int]) -> np.ndarray:
+        """The pages in use by some slots; see `Residency.active`."""
+        ...
+
+
+class Runner:
+    """Compiles on first use of a shape; `warm_up` uses them all. `traces` counts compilations."""
+
+    def __init__(
+        self,
+        model: Model,
+        spec: ModelSpec,
+        config: EngineConfig,
+        *,
+        precision: Precision,
+        memory: MemoryPlan,
+        sources: Sources,
+        adapters: Adapters | None,
+    ):
+        """Takes the memory of `memory`; `adapters` is None in an engine that serves none."""
+        self.buckets = Buckets(
+            max_requests=config.max_requests,
+            max_tokens_per_step=config.max_tokens_per_step,
+            tokens_per_image=spec.tokens_per_image,
+        )
+        self.traces = 0
+        self._spec, self._memory, self._sources, self._adapters = spec, memory, sources, adapters
+        self._precision, self._padding_row = precision, config.max_requests
+        self._model, self._leaves = _split(model, spec, precision)
+        shape = (spec.layers * memory.kv_pages, spec.kv_heads, config.page_tokens, spec.head_width)
+        zeros = functools.partial(jnp.zeros, dtype=precision.weights)
+        self._kv = KVPages(k_PKpH=zeros(shape), v_PKpH=zeros(shape))
+        self._state = SamplerState.empty(
+            max_requests=config.max_requests, vocab_rows=spec.vocab_rows
+        )
+        # One slot more than the cache hands out: a warm-up writes there.
+        self._scratch_row = config.image_slots * spec.tokens_per_image
+        self._features_FD = zeros((self._scratch_row + spec.tokens_per_image, spec.width))
+        self._compiled: dict[tuple[Callable, step.StepShape], Callable] = {}
+        self._set_counts = jax.jit(SamplerState.with_counts, donate_argnums=0)
+
+    def execute(self, plan: Plan) -> InFlight:
+        """Enqueues a plan's step, and the scores of prompts that want them."""
+        chunks = (*plan.decodes, *plan.prefills)
+        prompt_tokens = plan.tokens - len(plan.decodes)
+        bucket = self.buckets.choose(decodes=len(plan.decodes), prompt_tokens=prompt_tokens)
+        slots = {self._sources.adapter_slot(chunk.request) for chunk in chunks} - {-1}
+        shape = self._step_shape(bucket, with_lora=bool(slots))
+        packed, fields = shape.layout.buffer()
+        neutral(fields, vocab_rows=self._spec.vocab_rows, padding_row=self._padding_row)
+        requests = fill(fields, plan, self._sources)
+        self._fill_active(fields, slots)
+        hidden_TD, sampled, packed = self._run(shape, packed)
+        jax.tree.map(lambda x: x.copy_to_host_async(), sampled)
+        scores = None
+        if any(chunk.request.needs_prompt_logits for chunk in chunks):
+            scores = self._score(shape, hidden_TD, packed, _next_tokens(plan, bucket.tokens))
+        return InFlight(plan=plan, requests=requests, sampled=sampled, scores=scores)
+
+    def encode(self, images: Sequence[tuple[np.ndarray, int, int]]) -> None:
+        """Enqueues features of images, each `(pixels_3hw, feature slot, adapter slot or -1)`."""
+        while images:
+            n = max(size for size in _IMAGES_A_CALL if size <= len(images))
+            pixels, slots, adapters = zip(*images[:n], strict=True)
+            rows = [slot * self._spec.tokens_per_image for slot in slots]
+            self._encode(np.stack(pixels), rows, adapters)
+            images = images[n:]
+
+    def set_counts(self, request: Request) -> None:
+        """Tells the sampler the tokens of a newly admitted request that has penalties."""
+        vocab_rows = self._spec.vocab_rows
+        in_prompt_V = np.zeros(vocab_rows, bool)
+        in_prompt_V[list(request.prompt_token_ids)] = True
+        count_V = np.bincount(request.output_token_ids, minlength=vocab_rows).astype(np.int32)
+        self._state = self._set_counts(self._state, np.int32(request.row), count_V, in_prompt_V)
+
+    def warm_up(self, progress: Callable[[int, int], None]) -> None:
+        """Compiles every shape by running it on nothing; `progress(done, all)` after each."""
+        lora = (False, True) if self._adapters else (False,)
+        steps = list(itertools.product(self.buckets, lora))
+        images = list(itertools.product(_IMAGES_A_CALL, lora))
+        for done, (bucket, with_lora) in enumerate(steps):
+            progress(done, len(steps) + len(images))
+            shape = self._step_shape(bucket, with_lora=with_lora)
+            packed, fields = shape.layout.buffer()
+            neutral(fields, vocab_rows=self._spec.vocab_rows, padding_row=self._padding_row)
+            hidden_TD, _, packed = self._run(shape, packed)
+            self._score(shape, hidden_TD, packed, np.zeros(bucket.tokens, np.int32))
+        for done, (n, with_lora) in enumerate(images, len(steps)):
+            progress(done, len(steps) + len(images))
+            pixels = np.zeros((n, *self._spec.pixel_shape), np.float32)
+            self._encode(pixels, [self._scratch_row] * n, [0 if with_lora else -1] * n)
+        row, counts_V = np.int32(self._padding_row), np.zeros(self._spec.vocab_rows, np.int32)
+        self._state = self._set_counts(self._state, row, counts_V, counts_V.astype(bool))
+        jax.block_until_ready((self._kv, self._features_FD, self._state))
+        progress(len(steps) + len(images), len(steps) + len(images))
+
+    def _run(
+        self, shape: step.StepShape, packed: np.ndarray
+    ) -> tuple[jax.Array, Sampled, jax.Array]:
+        """Enqueues a step; returns its hidden states, its samples and its batch on the device."""
+        on_device = jnp.asarray(packed)
+        run = self._compile(step.decoder_step, shape, donate=("kv", "state"))
+        self._kv, self._state, hidden_TD, sampled = run(
+            self._leaves[shape.dtype],
+            kv=self._kv,
+            state=self._state,
+            features_FD=self._features_FD,
+            adapters=self._arrays(shape),
+            packed=on_device,
+        )
+        return hidden_TD, sampled, on_device
+
+    def _score(self, shape, hidden_TD, packed, target_T: np.ndarray) -> Scores:
+        logits_TV, following = self._compile(step.score, shape)(
+            self._leaves[shape.dtype],
+            adapters=self._arrays(shape),
+            hidden_TD=hidden_TD,
+            packed=packed,
+            target_T=target_T,
+        )
+        return Scores(logits_TV=logits_TV, following=following)
+
+    def _encode(self, pixels_I3hw: np.ndarray, rows: list[int], adapters: Sequence[int]) -> None:
+        slots = set(adapters) - {-1}
+        shape = self._image_shape(len(rows), with_lora=bool(slots))
+        packed, fields = shape.layout.buffer()
+        fields["first_row"][:] = rows
+        fields["adapter"][:] = np.repeat(adapters, self._spec.vision_tokens_per_image)
+        self._fill_active(fields, slots)
+        self._features_FD = self._compile(step.encode_images, shape, donate=("features_FD",))(
+            self._leaves[shape.dtype],
+            features_FD=self._features_FD,
+            adapters=self._arrays(shape),
+            pixels_I3hw=pixels_I3hw,
+            packed=packed,
+        )
+
+    @functools.lru_cache  # noqa: B019 (a runner lives as long as its engine)
+    def _step_shape(self, bucket: Bucket, *, with_lora: bool) -> step.StepShape:
+        layout = BatchLayout.of(
+            bucket,
+            request_pages=self._memory.request_pages,
+            active=self._active_shape(with_lora=with_lora),
+        )
+        dtype = self._precision.prompts if bucket.chunks else self._precision.weights
+        return self._shape(layout, dtype, with_lora=with_lora)
+
+    @functools.lru_cache  # noqa: B019
+    def _image_shape(self, images: int, *, with_lora: bool) -> step.StepShape:
+        layout = BatchLayout.of_images(
+            images,
+            vision_tokens=self._spec.vision_tokens_per_image,
+            active=self._active_shape(with_lora=with_lora),
+        )
+        return self._shape(layout, self._precision.prompts, with_lora=with_lora)
+
+    def _shape(self, layout: BatchLayout, dtype: np.dtype, *, with_lora: bool) -> step.StepShape:
+        pages_of_site = self._adapters.pages_of_site if self._adapters and with_lora else None
+        return step.StepShape(
+            model=self._model, layout=layout, pages_of_site=pages_of_site, dtype=dtype, kernel="xla"
+        )
+
+    def _active_shape(self, *, with_lora: bool) -> tuple[int, ...]:
+        return self._adapters.active([]).shape if self._adapters and with_lora else ()
+
+    def _compile(self, function: Callable, shape: step.StepShape, donate=()) -> Callable:
+        if (compiled := self._compiled.get((function, shape))) is None:
+
+            def traced(leaves, **arrays):
+                self.traces += 1
+                return function(shape, leaves, **arrays)
+
+            compiled = jax.jit(traced, donate_argnames=donate)
+            self._compiled[function, shape] = compiled
+        return compiled
+
+    def _arrays(self, shape: step.StepShape) -> step.AdapterArrays | None:
+        return self._adapters.arrays() if self._adapters and shape.pages_of_site else None
+
+    def _fill_active(self, fields: Fields, slots: set[int]) -> None:
+        if self._adapters and slots:
+            fields["active"][:] = self._adapters.active(sorted(slots))
+
+
+def _split(
+    model: Model, spec: ModelSpec, precision: Precision
+) -> tuple[step.ModelShape, dict[np.dtype, list[jax.Array]]]:
+    """The module without weights, and its flat weights for each dtype that steps run in."""
+    graphdef, state = nnx.split(model, nnx.Param)
+    leaves, treedef = jax.tree.flatten(state)
+    shape = step.ModelShape(graphdef=graphdef, treedef=treedef, layers=spec.layers)
+    by_dtype = {precision.weights: leaves}
+    if precision.prompts != precision.weights:
+        weights = {path: leaf.get_value() for path, leaf in parameter_paths(model).items()}
+        cast = with_weights(spec, in_dtype(weights, precision.prompts), dtype=precision.weights)
+        by_dtype[precision.prompts] = jax.tree.leaves(nnx.state(cast, nnx.Param))
+    return shape, by_dtype
+
+
+def _next_tokens(plan: Plan, tokens: int) -> np.ndarray:
+    """The prompt token after each of the plan's tokens; 0 where there is none."""
+    next_T = np.zeros(tokens, np.int32)
+    start = 0
+    for chunk in (*plan.decodes, *plan.prefills):
+        following = chunk.request.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.length + 1]
+        next_T[start : start + len(following)] = following
+        start += chunk.length
+    return next_T

@@ -1,0 +1,170 @@
+"""Brings an engine up: reads the checkpoint, plans the memory, compiles the steps."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.progress import Progress
+
+from valora_jax.config import EngineConfig
+from valora_jax.engine.adapters import EngineAdapters
+from valora_jax.engine.buckets import MAX_CHUNKS
+from valora_jax.engine.core import EngineCore
+from valora_jax.engine.fill import Sources
+from valora_jax.engine.image_cache import ImageCache
+from valora_jax.engine.kv_blocks import KVBlocks
+from valora_jax.engine.memory_plan import MemoryPlan, free_device_bytes
+from valora_jax.engine.precision import Precision
+from valora_jax.engine.request import Request
+from valora_jax.engine.runner import Runner
+from valora_jax.engine.scheduler import Scheduler
+from valora_jax.media.clip_pixels import ClipPixels
+from valora_jax.media.tokenizer import Tokenizer
+from valora_jax.models import read_spec
+from valora_jax.models.base_tensors import BaseTensors
+from valora_jax.models.build import load_model, parameter_paths
+from valora_jax.models.loading import read_config
+from valora_jax.models.spec import Model, ModelSpec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """A running engine's parts."""
+
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    pixels: ClipPixels
+    core: EngineCore
+    runner: Runner
+    memory: MemoryPlan
+
+
+def start(folder: Path, config: EngineConfig, *, show_progress: bool) -> Parts:
+    """Loads a checkpoint folder and makes everything ready to serve.
+
+    Raises:
+      CheckpointError: the folder is no checkpoint that fits a known family.
+      NotImplementedError: the family is known, but not this variant of it.
+      ValueError: the configured sizes do not fit the device.
+    """
+    console = Console(stderr=True, quiet=not show_progress)
+    _keep_compilations(config.compile_cache)
+    spec = read_spec(read_config(folder))
+    tokenizer, pixels = Tokenizer.from_folder(folder), ClipPixels.from_folder(folder)
+    precision = Precision.choose(config.dtype, stored=spec.stored_dtype)
+    model = load_model(folder, spec, dtype=precision.weights, progress=show_progress)
+    return assemble(model, spec, config, precision, tokenizer, pixels, console)
+
+
+def assemble(
+    model: Model,
+    spec: ModelSpec,
+    config: EngineConfig,
+    precision: Precision,
+    tokenizer: Tokenizer,
+    pixels: ClipPixels,
+    console: Console,
+) -> Parts:
+    """Builds an engine's parts around a model."""
+    memory = _plan_memory(model, spec, config, precision)
+    memory.print(console)
+    base = BaseTensors(model, spec)
+    adapters = None
+    if config.max_adapters:
+        adapters = EngineAdapters(
+            config,
+            spec.adapter_target,
+            dtype=precision.weights,
+            linear_of=base.linear,
+            head_VD=base.head,
+        )
+    images = ImageCache(
+        slots=config.image_slots,
+        changes_vision=adapters.changes_vision if adapters else lambda ref: False,
+    )
+    runner = Runner(
+        model,
+        spec,
+        config,
+        precision=precision,
+        memory=memory,
+        sources=_sources(spec, config, tokenizer, images, adapters),
+        adapters=adapters,
+    )
+    scheduler = Scheduler(
+        KVBlocks(
+            num_pages=memory.kv_pages,
+            page_tokens=config.page_tokens,
+            enable_prefix_cache=config.prefix_cache,
+        ),
+        max_tokens_per_step=config.max_tokens_per_step,
+        max_requests=config.max_requests,
+        max_prefill_chunks=MAX_CHUNKS,
+        max_waiting=config.max_waiting,
+        max_request_tokens=memory.max_request_tokens,
+        gates=[gate for gate in (adapters, images) if gate is not None],
+    )
+    if config.warm_up:
+        _warm_up(runner, adapters, console)
+    core = EngineCore(runner, scheduler, images, adapters, tokenizer=tokenizer)
+    return Parts(
+        spec=spec, tokenizer=tokenizer, pixels=pixels, core=core, runner=runner, memory=memory
+    )
+
+
+def _plan_memory(
+    model: Model, spec: ModelSpec, config: EngineConfig, precision: Precision
+) -> MemoryPlan:
+    weights_bytes = sum(leaf.get_value().nbytes for leaf in parameter_paths(model).values())
+    adapters_bytes = 0
+    if config.max_adapters:
+        adapters_bytes = EngineAdapters.device_bytes(
+            config, spec.adapter_target, dtype=precision.weights
+        )
+    return MemoryPlan.make(
+        config,
+        spec,
+        dtype=precision.weights,
+        weights_bytes=weights_bytes,
+        adapters_bytes=adapters_bytes,
+        free_bytes=free_device_bytes(),
+    )
+
+
+def _sources(
+    spec: ModelSpec,
+    config: EngineConfig,
+    tokenizer: Tokenizer,
+    images: ImageCache,
+    adapters: EngineAdapters | None,
+) -> Sources:
+    def stop_ids(request: Request) -> list[int]:
+        ends = set() if request.params.ignore_eos else set(tokenizer.stop_token_ids)
+        return sorted(ends | set(request.params.stop_token_ids or ()))
+
+    adapter_slot: Callable[[Request], int] = adapters.slot if adapters else lambda request: -1
+    return Sources(
+        page_tokens=config.page_tokens,
+        tokens_per_image=spec.tokens_per_image,
+        image_slot=images.slot,
+        adapter_slot=adapter_slot,
+        stop_ids=stop_ids,
+    )
+
+
+def _keep_compilations(folder: Path | None) -> None:
+    """Lets JAX keep compiled steps between starts, unless it was told where already."""
+    if folder is not None and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder.expanduser()))
+        # The default skips what compiles in under a second, which is most of a small model.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _warm_up(runner: Runner, adapters: EngineAdapters | None, console: Console) -> None:
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("compiling steps", total=None)
+        runner.warm_up(lambda done, total: bar.update(task, completed=done, total=total))
+    if adapters:
+        adapters.warm_up()

@@ -1,0 +1,197 @@
+"""The compiled functions of the engine: one decoder step, scoring of its tokens, image features.
+
+Pure: weights, adapters, cache and batch come as arguments and go back as results. `StepShape` is
+what is fixed when a function is traced. T tokens, D model width, S sampled rows, V vocabulary rows,
+F feature rows, I images.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from pallas_kernels.lora_matmul import Implementation as Kernel
+from pallas_kernels.lora_matmul import LoraPool
+from pallas_kernels.paged_attention import Chunks, Decodes, KVPages
+from valora_jax.engine.batch import BatchLayout
+from valora_jax.engine.sampler import Sampled, SamplerState, sample, token_logprobs
+from valora_jax.layers.attention import AttentionBatch, KVCursor
+from valora_jax.lora.batch import LoraBatch
+from valora_jax.lora.heads import replaced_logits
+from valora_jax.lora.pool import unpack_active
+from valora_jax.lora.residency import REPLACED_HEADS
+from valora_jax.models.spec import HEAD_SITE, Model
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterArrays:
+    """What the device holds of adapters.
+
+    Attributes:
+      pools: LoRA site -> rank pages.
+      biases_LSE: site -> biases of its slots.
+      heads_DV: replaced heads; may be none.
+    """
+
+    pools: Mapping[str, LoraPool]
+    biases_LSE: Mapping[str, jax.Array]
+    heads_DV: Sequence[jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """A module without its weights, which come as a flat list: `nnx.jit` takes 11 ms a call."""
+
+    graphdef: nnx.GraphDef
+    treedef: jax.tree_util.PyTreeDef
+    layers: int
+
+    def merge(self, leaves: Sequence[jax.Array]) -> Model:
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StepShape:
+    """What one compilation of a step is for; equal to itself only.
+
+    Attributes:
+      model: the module.
+      layout: fields of the batch.
+      pages_of_site: LoRA site -> pages of its pool; None for a step without adapters.
+      dtype: of the arithmetic; the cache and the weights have their own.
+      kernel: which implementation of LoRA and attention runs.
+    """
+
+    model: ModelShape
+    layout: BatchLayout
+    pages_of_site: Mapping[str, int] | None
+    dtype: DTypeLike
+    kernel: Kernel
+
+
+def decoder_step(
+    shape: StepShape,
+    leaves: Sequence[jax.Array],
+    kv: KVPages,
+    state: SamplerState,
+    features_FD: jax.Array,
+    adapters: AdapterArrays | None,
+    packed: jax.Array,
+) -> tuple[KVPages, SamplerState, jax.Array, Sampled]:
+    """Computes a step's tokens and samples from those rows that end one.
+
+    Donate `kv` and `state`. Returns them anew, the hidden states `[T, D]`, and what was sampled.
+    """
+    fields = shape.layout.unpack(packed)
+    model = shape.model.merge(leaves)
+    lora = _lora(shape, adapters, fields, fields["adapter"])
+    token_T = jnp.where(
+        fields["token"] >= 0, fields["token"], state.last_token_R[fields["token_row"]]
+    )
+    x_TD = model.embed(token_T, features_FD=features_FD, feature_row_T=fields["feature_row"])
+    cursor = KVCursor(kv, layers=shape.model.layers, batch=_attention(fields), kernel=shape.kernel)
+    hidden_TD = model.decode(x_TD.astype(shape.dtype), fields["position"], cursor=cursor, lora=lora)
+    logits_SV = _logits(shape, model, adapters, fields, hidden_TD, fields["sample_index"])
+    sampled, state = sample(logits_SV, state, fields)
+    return cursor.kv, state, hidden_TD, sampled
+
+
+def score(
+    shape: StepShape,
+    leaves: Sequence[jax.Array],
+    adapters: AdapterArrays | None,
+    hidden_TD: jax.Array,
+    packed: jax.Array,
+    target_T: jax.Array,
+) -> tuple[jax.Array, Sampled]:
+    """Logits `[T, V]` of all tokens of a step, and `target_T` as if each row had sampled it."""
+    fields = shape.layout.unpack(packed)
+    every_T = jnp.arange(hidden_TD.shape[0])
+    model = shape.model.merge(leaves)
+    logits_TV = _logits(shape, model, adapters, fields, hidden_TD, every_T)
+    return logits_TV, token_logprobs(logits_TV, target_T)
+
+
+def encode_images(
+    shape: StepShape,
+    leaves: Sequence[jax.Array],
+    features_FD: jax.Array,
+    adapters: AdapterArrays | None,
+    pixels_I3hw: jax.Array,
+    packed: jax.Array,
+) -> jax.Array:
+    """Writes the features of images to their slots; donate `features_FD`, which comes back."""
+    fields = shape.layout.unpack(packed)
+    lora = _lora(shape, adapters, fields, fields["adapter"])
+    pixels_I3hw = pixels_I3hw.astype(shape.dtype)
+    features_IXD = shape.model.merge(leaves).encode_images(pixels_I3hw, lora=lora)
+    for i in range(pixels_I3hw.shape[0]):
+        features_FD = jax.lax.dynamic_update_slice_in_dim(
+            features_FD, features_IXD[i].astype(features_FD.dtype), fields["first_row"][i], 0
+        )
+    return features_FD
+
+
+def _logits(
+    shape: StepShape,
+    model: Model,
+    adapters: AdapterArrays | None,
+    fields: Mapping[str, jax.Array],
+    hidden_TD: jax.Array,
+    index_S: jax.Array,
+) -> jax.Array:
+    """Logits `[S, V]` of the rows `index_S`, each through its adapter's head."""
+    hidden_SD = hidden_TD[index_S]
+    logits_SV = model.logits(hidden_SD)
+    lora = _lora(shape, adapters, fields, fields["adapter"][index_S])
+    if adapters is None or lora is None:
+        return logits_SV
+    if adapters.heads_DV:
+        logits_SV = replaced_logits(
+            logits_SV,
+            hidden_SD,
+            adapters.heads_DV,
+            active=lora.active[REPLACED_HEADS],
+            adapter_S=lora.adapter_T,
+        )
+    return lora.add(logits_SV, hidden_SD, site=HEAD_SITE, layer=0)
+
+
+def _lora(
+    shape: StepShape, adapters: AdapterArrays | None, fields: Mapping, adapter_T: jax.Array
+) -> LoraBatch | None:
+    if shape.pages_of_site is None or adapters is None:
+        return None
+    return LoraBatch(
+        pools=adapters.pools,
+        biases_LSE=adapters.biases_LSE,
+        active=unpack_active(fields["active"], shape.pages_of_site),
+        adapter_T=adapter_T,
+        implementation=shape.kernel,
+    )
+
+
+def _attention(fields: Mapping[str, jax.Array]) -> AttentionBatch:
+    chunks = None
+    if "chunk_start" in fields:
+        chunks = Chunks(
+            start_C=fields["chunk_start"],
+            len_C=fields["chunk_len"],
+            kv_len_C=fields["chunk_kv_len"],
+            page_CW=fields["chunk_page"],
+            count=fields["chunk_count"],
+        )
+    return AttentionBatch(
+        page_T=fields["page"],
+        offset_T=fields["offset"],
+        decodes=Decodes(
+            kv_len_D=fields["decode_kv_len"],
+            page_DW=fields["decode_page"],
+            count=fields["decode_count"],
+        ),
+        chunks=chunks,
+    )

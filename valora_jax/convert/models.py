@@ -1,8 +1,9 @@
 """Model folders: Hugging Face -> Orbax -> Hugging Face, every tensor bit for bit.
 
 The way there keeps finished parameters in a file that is mapped into memory, and Orbax writes from
-the map: beside the kernel's file cache the host holds the open shard and one parameter. The way
-back holds one shard of the output.
+the map: beside the kernel's file cache the host holds one parameter (0.6 GB in all for a model of
+4.1 GB), and the disk holds the model a second time until the end. The way back holds one shard of
+the output and 0.6 GB.
 """
 
 import contextlib

@@ -83,6 +83,7 @@ class EngineAdapters:
         self._slot_of: dict[Request, int] = {}
         self._failures: list[tuple[Request, Exception]] = []
         self._needs: dict[AdapterRef, Mapping[str, int]] = {}
+        self._classes: dict[AdapterRef, int] = {}
 
     @staticmethod
     def device_bytes(config: EngineConfig, target: AdapterTarget, *, dtype: np.dtype) -> int:
@@ -173,6 +174,10 @@ class EngineAdapters:
     def changes_vision(self, ref: AdapterRef) -> bool:
         return any(_in_vision(site) for site in self._needs[ref])
 
+    def classes(self, ref: AdapterRef) -> int:
+        """How many classes the adapter's task head knows; 0 without one."""
+        return self._classes.get(ref, 0)
+
     def arrays(self) -> AdapterArrays:
         return AdapterArrays(
             pools=self._pool.pools,
@@ -207,6 +212,8 @@ class EngineAdapters:
             raise AdapterError(adapter.name, faults)
         ref = self._store.register(adapter, path=path)
         self._needs[ref] = need
+        if adapter.task_head is not None:
+            self._classes[ref] = adapter.task_head.weight_CD.shape[0]
         known = {info.ref: info for info in self._store.list_adapters()}
         for old in self._needs.keys() - known.keys():
             self._forget(old)
@@ -219,3 +226,4 @@ class EngineAdapters:
     def _forget(self, ref: AdapterRef) -> None:
         self._residency.drop(ref)
         self._needs.pop(ref, None)
+        self._classes.pop(ref, None)

@@ -6,7 +6,6 @@ K the most log-probabilities.
 import dataclasses
 from collections.abc import Collection
 
-import jax
 import numpy as np
 
 from valora_jax.engine.outputs import CompletionOutput, Logprob
@@ -144,7 +143,7 @@ class PromptScores:
 
     def add(
         self,
-        logits_TV: jax.Array,
+        logits_TV: np.ndarray,
         following: Sampled,
         *,
         row: int,
@@ -162,7 +161,7 @@ class PromptScores:
         self._seen = stop
         rows = range(row + first - position, row + stop - position)
         if self.keep_logits:
-            self.logits.append(np.asarray(logits_TV[rows.start : rows.stop]))
+            self.logits.append(logits_TV[rows.start : rows.stop])
         if self.number is not None:
             followed = rows[: self.tokens - 1 - first]
             self.logprobs += [

@@ -16,6 +16,8 @@ import numpy as np
 from valora_jax.engine.buckets import Bucket
 from valora_jax.engine.sampler import MAX_BANNED
 
+SCORE_ROWS = 64  # tokens scored in one call: bounds the logits, and is one shape for all steps
+
 _FLOATS = frozenset(
     {
         "temperature",
@@ -51,6 +53,14 @@ class BatchLayout:
         if C:
             shapes |= dict.fromkeys(("chunk_start", "chunk_len", "chunk_kv_len"), (C,))
             shapes |= {"chunk_page": (C, W), "chunk_count": ()}
+        if active:
+            shapes["active"] = active
+        return cls(shapes=shapes)
+
+    @classmethod
+    def of_scores(cls, *, active: tuple[int, ...]) -> "BatchLayout":
+        """A block of a step's tokens to score: each one's adapter, and the token that follows."""
+        shapes: dict[str, tuple[int, ...]] = {"adapter": (SCORE_ROWS,), "target": (SCORE_ROWS,)}
         if active:
             shapes["active"] = active
         return cls(shapes=shapes)

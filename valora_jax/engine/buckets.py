@@ -7,6 +7,7 @@ neither lengths nor ranks are part of a shape.
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 
 # A step's prompt chunks. More would only lengthen its arrays: prompts are longer than a few tokens.
 MAX_CHUNKS = 8
@@ -33,12 +34,21 @@ class Bucket:
 class Buckets:
     """The engine's set of shapes, smallest first."""
 
-    def __init__(self, *, max_requests: int, max_tokens_per_step: int, tokens_per_image: int):
-        """Decode sizes are powers of two. Mixed sizes are spaced so that a prompt of one image
-        and a short text, the usual one, is padded little."""
-        powers = itertools.takewhile(lambda n: n < max_requests, (2**i for i in itertools.count()))
+    def __init__(
+        self,
+        *,
+        max_requests: int,
+        max_tokens_per_step: int,
+        tokens_per_image: int,
+        decode_growth: int,
+    ):
+        """Decode sizes grow by `decode_growth`. Mixed sizes are spaced so that a prompt of one
+        image and a short text, the usual one, is padded little."""
+        sizes = itertools.takewhile(
+            lambda n: n < max_requests, (decode_growth**i for i in itertools.count())
+        )
         self.decode = [
-            Bucket(tokens=n, decodes=n, chunks=0, rows=n) for n in [*powers, max_requests]
+            Bucket(tokens=n, decodes=n, chunks=0, rows=n) for n in [*sizes, max_requests]
         ]
         sizes = {SMALLEST_MIXED_TOKENS, tokens_per_image + SMALLEST_MIXED_TOKENS}
         sizes = {n for n in sizes if max_requests <= n < max_tokens_per_step}
@@ -47,7 +57,7 @@ class Buckets:
             for n in sorted(sizes | {max_tokens_per_step})
         ]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Bucket]:
         yield from (*self.decode, *self.mixed)
 
     def choose(self, *, decodes: int, prompt_tokens: int) -> Bucket:

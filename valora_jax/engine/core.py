@@ -30,6 +30,7 @@ class Job:
       pixels: of its images, in order.
       answer: its text.
       scores: of its prompt; None where nobody asked.
+      classes: logits of its adapter's task head, where it asked for them.
       error: what ended it, if something failed.
     """
 
@@ -37,6 +38,7 @@ class Job:
     pixels: Sequence[np.ndarray]
     answer: Answer
     scores: PromptScores | None = None
+    classes: np.ndarray | None = None
     error: Exception | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
@@ -148,6 +150,8 @@ class EngineCore:
             if not self.scheduler.append_token(request, int(sampled.token_S[row])):
                 continue  # it finished while the step ran
             job = self._jobs[request]
+            if request in step.classes:
+                job.classes = np.asarray(step.classes[request])[0]
             if job.first_token_s is None:
                 job.first_token_s = self._clock()
             if (reason := job.answer.add(sampled, row)) is not None:
@@ -158,13 +162,13 @@ class EngineCore:
     def _take_scores(self, step: InFlight) -> None:
         if step.scores is None:
             return
-        following = step.scores.following.to_numpy()
+        logits_TV, following = step.read_scores()
         row = 0
         for chunk in (*step.plan.decodes, *step.plan.prefills):
             job = self._jobs.get(chunk.request)
             if job is not None and job.scores is not None:
                 job.scores.add(
-                    step.scores.logits_TV,
+                    logits_TV,
                     following,
                     row=row,
                     position=chunk.start,

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from valora_jax.config import EngineConfig
 from valora_jax.engine.adapters import EngineAdapters
 from valora_jax.engine.generation import CheckedPrompt, Generation, Prompts
-from valora_jax.engine.outputs import RequestOutput
+from valora_jax.engine.outputs import ClassificationOutput, RequestOutput
 from valora_jax.engine.sampling_params import SamplingParams
 from valora_jax.engine.start import Parts, start
 from valora_jax.errors import AdapterNotFoundError, OutOfCapacityError
@@ -160,6 +160,19 @@ class Engine:
         checked = self._prompts.check(prompt, sampling_params or SamplingParams())
         return self._follow(self._start(checked, adapter))
 
+    def classify(
+        self, prompts: Prompt | Sequence[Prompt], *, adapter: str | Sequence[str]
+    ) -> list[ClassificationOutput]:
+        """Asks each prompt's adapter for its task head's answer: one prompt pass, no text.
+
+        Raises:
+          ValueError: an adapter has no task head; also whatever `generate` raises.
+        """
+        prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        names = _one_each("adapter", adapter, len(prompts))
+        done = self._run_once(prompts, names, classify=True)
+        return [self._classified(generation) for generation in done]
+
     def prompt_logits(
         self, prompts: Sequence[Prompt], *, adapter: str | Sequence[str | None] | None = None
     ) -> list[np.ndarray]:
@@ -167,11 +180,8 @@ class Engine:
 
         Raises what `generate` raises.
         """
-        adapters = _one_each("adapter", adapter, len(prompts))
-        self._check_adapters(adapters)
-        params = SamplingParams(temperature=0, max_tokens=1)
-        checked = [self._prompts.check(prompt, params) for prompt in prompts]
-        done = self._run_all(checked, adapters, shown=False, keep_logits=True)
+        names = _one_each("adapter", adapter, len(prompts))
+        done = self._run_once(prompts, names, keep_logits=True)
         return [np.concatenate(g.jobs[0].scores.logits) for g in done if g.jobs[0].scores]
 
     def abort(self, request_id: str) -> None:
@@ -228,16 +238,36 @@ class Engine:
             if name is not None and name not in loaded:
                 raise AdapterNotFoundError(name, sorted(loaded))
 
-    def _start(
-        self, checked: CheckedPrompt, adapter: str | None, *, keep_logits: bool = False
-    ) -> Generation:
+    def _run_once(
+        self, prompts: Sequence[Prompt], adapters: Sequence[str | None], **wants: bool
+    ) -> list[Generation]:
+        """Runs prompts for one token each, for the sake of what `Prompts.check` is told."""
+        self._check_adapters(adapters)
+        params = SamplingParams(temperature=0, max_tokens=1)
+        checked = [self._prompts.check(prompt, params, **wants) for prompt in prompts]
+        return self._run_all(checked, adapters, shown=False)
+
+    def _classified(self, generation: Generation) -> ClassificationOutput:
+        output, job = generation.output(), generation.jobs[0]
+        assert output.adapter is not None
+        assert job.classes is not None
+        logits_C = job.classes[: self._with_adapters(lambda a: a.classes(output.adapter))]
+        exp_C = np.exp(logits_C - logits_C.max())
+        return ClassificationOutput(
+            prompt_token_ids=output.prompt_token_ids,
+            logits=logits_C.tolist(),
+            probs=(exp_C / exp_C.sum()).tolist(),
+            adapter=output.adapter,
+        )
+
+    def _start(self, checked: CheckedPrompt, adapter: str | None) -> Generation:
         """Queues a prompt; raises OutOfCapacityError, with nothing held, when the queue is full."""
         with self._lock:
             held = [
                 self._with_adapters(lambda adapters: adapters.hold(adapter)) if adapter else None
                 for _ in range(checked.params.n)
             ]
-            generation = self._prompts.make(checked, held, keep_logits=keep_logits)
+            generation = self._prompts.make(checked, held)
             try:
                 self._core.add(generation.jobs)
             except Exception:
@@ -254,7 +284,6 @@ class Engine:
         adapters: Sequence[str | None],
         *,
         shown: bool,
-        keep_logits: bool = False,
     ) -> list[Generation]:
         """Runs prompts to completion, queueing as many as there is room for."""
         started: list[Generation] = []
@@ -267,9 +296,7 @@ class Engine:
                     try:
                         while len(started) < len(checked):
                             i = len(started)
-                            started.append(
-                                self._start(checked[i], adapters[i], keep_logits=keep_logits)
-                            )
+                            started.append(self._start(checked[i], adapters[i]))
                     except OutOfCapacityError:
                         if not self._core.has_work:
                             raise

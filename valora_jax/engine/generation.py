@@ -19,11 +19,19 @@ from valora_jax.media.prompts import ProcessedPrompt, Prompt, process_prompt
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class CheckedPrompt:
-    """A prompt that the engine can run: tokenised, its images read, short enough."""
+    """A prompt that the engine can run: tokenised, its images read, short enough.
+
+    Attributes:
+      text: None where token ids were given.
+      keep_logits: hand out the logits of every prompt token.
+      classify: ask the adapter's task head.
+    """
 
     text: str | None
     processed: ProcessedPrompt
     params: SamplingParams
+    keep_logits: bool = False
+    classify: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -69,8 +77,15 @@ class Prompts:
         """`seed` draws the seeds of requests that bring none."""
         self._parts, self._seeds, self._numbers = parts, random.Random(seed), itertools.count()
 
-    def check(self, prompt: Prompt, params: SamplingParams) -> CheckedPrompt:
-        """Tokenises and preprocesses a prompt.
+    def check(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        keep_logits: bool = False,
+        classify: bool = False,
+    ) -> CheckedPrompt:
+        """Tokenises and preprocesses a prompt; the rest goes into the result as it is.
 
         Raises:
           ValueError: it has the wrong form, or other images than placeholders.
@@ -105,18 +120,22 @@ class Prompts:
                 "can be held back, give fewer stop_token_ids"
             )
         text = prompt if isinstance(prompt, str) else prompt.get("prompt")
-        return CheckedPrompt(text=text, processed=processed, params=params)
+        return CheckedPrompt(
+            text=text,
+            processed=processed,
+            params=params,
+            keep_logits=keep_logits,
+            classify=classify,
+        )
 
-    def make(
-        self, checked: CheckedPrompt, adapters: list[AdapterRef | None], *, keep_logits: bool
-    ) -> Generation:
+    def make(self, checked: CheckedPrompt, adapters: list[AdapterRef | None]) -> Generation:
         """Makes the jobs of a prompt; `adapters` holds the same version once for each."""
         number, arrival_s = next(self._numbers), time.monotonic()
         return Generation(
             id=str(number),
             text=checked.text,
             jobs=[
-                self._job(checked, i, adapter, f"{number}-{i}", arrival_s, keep_logits=keep_logits)
+                self._job(checked, i, adapter, f"{number}-{i}", arrival_s)
                 for i, adapter in enumerate(adapters)
             ],
         )
@@ -128,14 +147,12 @@ class Prompts:
         adapter: AdapterRef | None,
         request_id: str,
         arrival_s: float,
-        *,
-        keep_logits: bool,
     ) -> Job:
         params = checked.params.for_sample(index)
         if params.seed is None:
             params = dataclasses.replace(params, seed=self._seeds.getrandbits(63))
         processed = checked.processed
-        wants_scores = index == 0 and (keep_logits or params.prompt_logprobs is not None)
+        wants_scores = index == 0 and (checked.keep_logits or params.prompt_logprobs is not None)
         request = Request(
             id=request_id,
             prompt_token_ids=processed.token_ids,
@@ -146,12 +163,13 @@ class Prompts:
             ),
             adapter=adapter,
             needs_prompt_logits=wants_scores,
+            needs_classes=checked.classify,
             arrival_s=arrival_s,
         )
         room = self._parts.core.scheduler.max_request_tokens - len(processed.token_ids)
         scores = PromptScores(
             tokens=len(processed.token_ids),
-            keep_logits=keep_logits,
+            keep_logits=checked.keep_logits,
             number=params.prompt_logprobs,
         )
         return Job(

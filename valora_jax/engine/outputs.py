@@ -71,3 +71,18 @@ class RequestOutput:
     metrics: RequestMetrics
     prompt_logprobs: Sequence[dict[int, Logprob] | None] | None = None
     adapter: AdapterRef | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ClassificationOutput:
+    """What an adapter's task head says of a prompt.
+
+    Attributes:
+      logits: one number a class, in the order of the head's rows.
+      probs: their softmax.
+    """
+
+    prompt_token_ids: Sequence[int]
+    logits: Sequence[float]
+    probs: Sequence[float]
+    adapter: AdapterRef

@@ -49,6 +49,7 @@ class Request:
       cache_salt: part of the prefix cache's key; requests of different salts share no pages.
       needs_prompt_logits: wants something of every prompt token, so all of them are computed
         and none is taken from the prefix cache.
+      needs_classes: wants what its adapter's task head says of the last prompt token.
       arrival_s: when it came, on the engine's clock.
       output_token_ids: known to the host.
       pending: tokens sampled by enqueued steps that the host has not read yet.
@@ -75,6 +76,7 @@ class Request:
     adapter: AdapterRef | None = None
     cache_salt: bytes = b""
     needs_prompt_logits: bool = False
+    needs_classes: bool = False
     arrival_s: float = 0.0
 
     output_token_ids: list[int] = dataclasses.field(default_factory=list, init=False, repr=False)

@@ -6,7 +6,7 @@ Decides nothing. Calls enqueue work and return; `InFlight.read` waits for its re
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import jax
@@ -17,7 +17,7 @@ from flax import nnx
 from pallas_kernels.paged_attention import KVPages
 from valora_jax.config import EngineConfig
 from valora_jax.engine import step
-from valora_jax.engine.batch import BatchLayout
+from valora_jax.engine.batch import SCORE_ROWS, BatchLayout
 from valora_jax.engine.buckets import Bucket, Buckets
 from valora_jax.engine.fill import Fields, Sources, fill, neutral
 from valora_jax.engine.memory_plan import MemoryPlan
@@ -25,6 +25,7 @@ from valora_jax.engine.precision import Precision, in_dtype
 from valora_jax.engine.request import Request
 from valora_jax.engine.sampler import Sampled, SamplerState
 from valora_jax.engine.scheduler import Plan
+from valora_jax.lora.heads import TaskHeads, class_logits
 from valora_jax.models.build import parameter_paths, with_weights
 from valora_jax.models.spec import Model, ModelSpec
 
@@ -32,22 +33,29 @@ _IMAGES_A_CALL = (1, 4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Scores:
-    """Of every token of a step, in the order of the plan's chunks: logits `[T, V]`, and the token
-    that follows it in its prompt as if it had been sampled (arbitrary after the last one)."""
-
-    logits_TV: jax.Array
-    following: Sampled
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class InFlight:
-    """A step that was enqueued; `sampled` has a row for each of `requests`, in order."""
+    """A step that was enqueued.
+
+    Attributes:
+      plan: what it computes.
+      requests: of each sampled row.
+      sampled: on the device; rows past those of `requests` mean nothing.
+      scores: blocks of `SCORE_ROWS` of the plan's tokens in order: logits `[rows, V]`, and the
+        token that follows in the prompt as if it had been sampled. None where nobody asked.
+      classes: request -> `[rows, C]`, of which the first row is what its task head says.
+    """
 
     plan: Plan
     requests: list[Request]
     sampled: Sampled
-    scores: Scores | None
+    scores: list[tuple[jax.Array, Sampled]] | None
+    classes: dict[Request, jax.Array]
+
+    def read_scores(self) -> tuple[np.ndarray, Sampled]:
+        """Waits for the scores: NumPy arrays, a row for each of the plan's tokens and padding."""
+        logits, following = zip(*self.scores or (), strict=True)
+        rows = [block.to_numpy() for block in following]
+        return np.concatenate(logits), jax.tree.map(lambda *x: np.concatenate(x), *rows)
 
 
 class Adapters(Protocol):
@@ -62,6 +70,9 @@ class Adapters(Protocol):
     def active(self, slots: Sequence[int]) -> np.ndarray:
         """The pages in use by some slots; see `Residency.active`."""
         ...
+
+    @property
+    def task_heads(self) -> TaskHeads: ...
 
 
 class Runner:
@@ -83,6 +94,7 @@ class Runner:
             max_requests=config.max_requests,
             max_tokens_per_step=config.max_tokens_per_step,
             tokens_per_image=spec.tokens_per_image,
+            decode_growth=4 if jax.default_backend() == "cpu" else 2,
         )
         self.traces = 0
         self._spec, self._memory, self._sources, self._adapters = spec, memory, sources, adapters
@@ -97,6 +109,10 @@ class Runner:
         # One slot more than the cache hands out: a warm-up writes there.
         self._scratch_row = config.image_slots * spec.tokens_per_image
         self._features_FD = zeros((self._scratch_row + spec.tokens_per_image, spec.width))
+        # With nobody's adapter in it, a step without LoRA saves launches; on a CPU it saves nothing
+        # worth compiling every shape twice for.
+        both = (False, True) if jax.default_backend() != "cpu" else (True,)
+        self._lora_variants = both if adapters else (False,)
         self._compiled: dict[tuple[Callable, step.StepShape], Callable] = {}
         self._set_counts = jax.jit(SamplerState.with_counts, donate_argnums=0)
 
@@ -105,18 +121,29 @@ class Runner:
         chunks = (*plan.decodes, *plan.prefills)
         prompt_tokens = plan.tokens - len(plan.decodes)
         bucket = self.buckets.choose(decodes=len(plan.decodes), prompt_tokens=prompt_tokens)
-        slots = {self._sources.adapter_slot(chunk.request) for chunk in chunks} - {-1}
-        shape = self._step_shape(bucket, with_lora=bool(slots))
+        slots = {self._sources.adapter_slot(chunk.request) for chunk in chunks}
+        shape = self._step_shape(bucket, with_lora=self._wants_lora(slots))
         packed, fields = shape.layout.buffer()
         neutral(fields, vocab_rows=self._spec.vocab_rows, padding_row=self._padding_row)
         requests = fill(fields, plan, self._sources)
         self._fill_active(fields, slots)
-        hidden_TD, sampled, packed = self._run(shape, packed)
+        hidden_TD, sampled = self._run(shape, packed)
         jax.tree.map(lambda x: x.copy_to_host_async(), sampled)
         scores = None
         if any(chunk.request.needs_prompt_logits for chunk in chunks):
-            scores = self._score(shape, hidden_TD, packed, _next_tokens(plan, bucket.tokens))
-        return InFlight(plan=plan, requests=requests, sampled=sampled, scores=scores)
+            adapter_T, target_T = fields["adapter"], _next_tokens(plan, bucket.tokens)
+            scores = self._score(hidden_TD, adapter_T, target_T, tokens=plan.tokens)
+        return InFlight(
+            plan=plan,
+            requests=requests,
+            sampled=sampled,
+            scores=scores,
+            classes={
+                request: self._classify(hidden_TD, fields["sample_index"][row], request)
+                for row, request in enumerate(requests)
+                if request.needs_classes
+            },
+        )
 
     def encode(self, images: Sequence[tuple[np.ndarray, int, int]]) -> None:
         """Enqueues features of images, each `(pixels_3hw, feature slot, adapter slot or -1)`."""
@@ -126,6 +153,11 @@ class Runner:
             rows = [slot * self._spec.tokens_per_image for slot in slots]
             self._encode(np.stack(pixels), rows, adapters)
             images = images[n:]
+
+    def read_features(self, slot: int) -> np.ndarray:
+        """Waits for the features in a slot, `[tokens_per_image, D]`."""
+        first = slot * self._spec.tokens_per_image
+        return np.asarray(self._features_FD)[first : first + self._spec.tokens_per_image]
 
     def set_counts(self, request: Request) -> None:
         """Tells the sampler the tokens of a newly admitted request that has penalties."""
@@ -137,30 +169,31 @@ class Runner:
 
     def warm_up(self, progress: Callable[[int, int], None]) -> None:
         """Compiles every shape by running it on nothing; `progress(done, all)` after each."""
-        lora = (False, True) if self._adapters else (False,)
-        steps = list(itertools.product(self.buckets, lora))
-        images = list(itertools.product(_IMAGES_A_CALL, lora))
+        steps = list(itertools.product(self.buckets, self._lora_variants))
+        images = list(itertools.product(_IMAGES_A_CALL, self._lora_variants))
+        total = len(steps) + len(images)
         for done, (bucket, with_lora) in enumerate(steps):
-            progress(done, len(steps) + len(images))
+            progress(done, total)
             shape = self._step_shape(bucket, with_lora=with_lora)
             packed, fields = shape.layout.buffer()
             neutral(fields, vocab_rows=self._spec.vocab_rows, padding_row=self._padding_row)
-            hidden_TD, _, packed = self._run(shape, packed)
-            self._score(shape, hidden_TD, packed, np.zeros(bucket.tokens, np.int32))
+            hidden_TD, _ = self._run(shape, packed)
+            adapter_T = np.full(bucket.tokens, 0 if with_lora else -1, np.int32)
+            self._score(hidden_TD, adapter_T, np.zeros_like(adapter_T), tokens=1)
+            if self._adapters:
+                block = _block(hidden_TD, np.int32(0))
+                _classify(block, self._adapters.task_heads, np.zeros(SCORE_ROWS, np.int32))
         for done, (n, with_lora) in enumerate(images, len(steps)):
-            progress(done, len(steps) + len(images))
+            progress(done, total)
             pixels = np.zeros((n, *self._spec.pixel_shape), np.float32)
             self._encode(pixels, [self._scratch_row] * n, [0 if with_lora else -1] * n)
         row, counts_V = np.int32(self._padding_row), np.zeros(self._spec.vocab_rows, np.int32)
         self._state = self._set_counts(self._state, row, counts_V, counts_V.astype(bool))
         jax.block_until_ready((self._kv, self._features_FD, self._state))
-        progress(len(steps) + len(images), len(steps) + len(images))
+        progress(total, total)
 
-    def _run(
-        self, shape: step.StepShape, packed: np.ndarray
-    ) -> tuple[jax.Array, Sampled, jax.Array]:
-        """Enqueues a step; returns its hidden states, its samples and its batch on the device."""
-        on_device = jnp.asarray(packed)
+    def _run(self, shape: step.StepShape, packed: np.ndarray) -> tuple[jax.Array, Sampled]:
+        """Enqueues a step; returns its hidden states and its samples."""
         run = self._compile(step.decoder_step, shape, donate=("kv", "state"))
         self._kv, self._state, hidden_TD, sampled = run(
             self._leaves[shape.dtype],
@@ -168,27 +201,46 @@ class Runner:
             state=self._state,
             features_FD=self._features_FD,
             adapters=self._arrays(shape),
-            packed=on_device,
-        )
-        return hidden_TD, sampled, on_device
-
-    def _score(self, shape, hidden_TD, packed, target_T: np.ndarray) -> Scores:
-        logits_TV, following = self._compile(step.score, shape)(
-            self._leaves[shape.dtype],
-            adapters=self._arrays(shape),
-            hidden_TD=hidden_TD,
             packed=packed,
-            target_T=target_T,
         )
-        return Scores(logits_TV=logits_TV, following=following)
+        return hidden_TD, sampled
+
+    def _score(
+        self, hidden_TD: jax.Array, adapter_T: np.ndarray, target_T: np.ndarray, *, tokens: int
+    ) -> list[tuple[jax.Array, Sampled]]:
+        """Enqueues the scores of a step's first `tokens` rows, block by block."""
+        shape = self._score_shape(with_lora=self._wants_lora(adapter_T.tolist()))
+        run = self._compile(step.score, shape)
+        blocks = []
+        for start in range(0, tokens, SCORE_ROWS):
+            rows = slice(start, min(start + SCORE_ROWS, tokens))
+            packed, fields = shape.layout.buffer()
+            fields["adapter"][:] = -1
+            fields["adapter"][: rows.stop - start] = adapter_T[rows]
+            fields["target"][: rows.stop - start] = target_T[rows]
+            self._fill_active(fields, set(adapter_T[rows].tolist()))
+            logits_TV, following = run(
+                self._leaves[shape.dtype],
+                adapters=self._arrays(shape),
+                hidden_TD=_block(hidden_TD, np.int32(start)),
+                packed=packed,
+            )
+            blocks.append((logits_TV, following))
+        return blocks
+
+    def _classify(self, hidden_TD: jax.Array, row: np.int32, request: Request) -> jax.Array:
+        """Enqueues the task head of a request on one row of a step."""
+        slot = self._sources.adapter_slot(request)
+        adapter_S = np.full(SCORE_ROWS, slot, np.int32)
+        assert self._adapters is not None  # who has a task head has an adapter
+        return _classify(_block(hidden_TD, row), self._adapters.task_heads, adapter_S)
 
     def _encode(self, pixels_I3hw: np.ndarray, rows: list[int], adapters: Sequence[int]) -> None:
-        slots = set(adapters) - {-1}
-        shape = self._image_shape(len(rows), with_lora=bool(slots))
+        shape = self._image_shape(len(rows), with_lora=self._wants_lora(adapters))
         packed, fields = shape.layout.buffer()
         fields["first_row"][:] = rows
         fields["adapter"][:] = np.repeat(adapters, self._spec.vision_tokens_per_image)
-        self._fill_active(fields, slots)
+        self._fill_active(fields, set(adapters))
         self._features_FD = self._compile(step.encode_images, shape, donate=("features_FD",))(
             self._leaves[shape.dtype],
             features_FD=self._features_FD,
@@ -206,6 +258,11 @@ class Runner:
         )
         dtype = self._precision.prompts if bucket.chunks else self._precision.weights
         return self._shape(layout, dtype, with_lora=with_lora)
+
+    @functools.lru_cache  # noqa: B019
+    def _score_shape(self, *, with_lora: bool) -> step.StepShape:
+        layout = BatchLayout.of_scores(active=self._active_shape(with_lora=with_lora))
+        return self._shape(layout, self._precision.weights, with_lora=with_lora)
 
     @functools.lru_cache  # noqa: B019
     def _image_shape(self, images: int, *, with_lora: bool) -> step.StepShape:
@@ -239,8 +296,12 @@ class Runner:
     def _arrays(self, shape: step.StepShape) -> step.AdapterArrays | None:
         return self._adapters.arrays() if self._adapters and shape.pages_of_site else None
 
+    def _wants_lora(self, slots: Collection[int]) -> bool:
+        """Whether rows of these adapter slots, -1 for none, need the variant with LoRA."""
+        return self._lora_variants[0] or any(slot >= 0 for slot in slots)
+
     def _fill_active(self, fields: Fields, slots: set[int]) -> None:
-        if self._adapters and slots:
+        if self._adapters and "active" in fields:
             fields["active"][:] = self._adapters.active(sorted(slots))
 
 
@@ -257,6 +318,15 @@ def _split(
         cast = with_weights(spec, in_dtype(weights, precision.prompts), dtype=precision.weights)
         by_dtype[precision.prompts] = jax.tree.leaves(nnx.state(cast, nnx.Param))
     return shape, by_dtype
+
+
+_classify = jax.jit(class_logits)
+
+
+@jax.jit
+def _block(hidden_TD: jax.Array, start: jax.Array) -> jax.Array:
+    padded_TD = jnp.pad(hidden_TD, ((0, SCORE_ROWS), (0, 0)))
+    return jax.lax.dynamic_slice_in_dim(padded_TD, start, SCORE_ROWS)
 
 
 def _next_tokens(plan: Plan, tokens: int) -> np.ndarray:

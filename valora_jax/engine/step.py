@@ -95,7 +95,9 @@ def decoder_step(
     x_TD = model.embed(token_T, features_FD=features_FD, feature_row_T=fields["feature_row"])
     cursor = KVCursor(kv, layers=shape.model.layers, batch=_attention(fields), kernel=shape.kernel)
     hidden_TD = model.decode(x_TD.astype(shape.dtype), fields["position"], cursor=cursor, lora=lora)
-    logits_SV = _logits(shape, model, adapters, fields, hidden_TD, fields["sample_index"])
+    index_S = fields["sample_index"]
+    hidden_SD, adapter_S = hidden_TD[index_S], fields["adapter"][index_S]
+    logits_SV = _logits(shape, model, adapters, fields, hidden_SD, adapter_S)
     sampled, state = sample(logits_SV, state, fields)
     return cursor.kv, state, hidden_TD, sampled
 
@@ -106,14 +108,12 @@ def score(
     adapters: AdapterArrays | None,
     hidden_TD: jax.Array,
     packed: jax.Array,
-    target_T: jax.Array,
 ) -> tuple[jax.Array, Sampled]:
-    """Logits `[T, V]` of all tokens of a step, and `target_T` as if each row had sampled it."""
+    """Logits `[T, V]` of a block of hidden states, and their targets as if they were sampled."""
     fields = shape.layout.unpack(packed)
-    every_T = jnp.arange(hidden_TD.shape[0])
     model = shape.model.merge(leaves)
-    logits_TV = _logits(shape, model, adapters, fields, hidden_TD, every_T)
-    return logits_TV, token_logprobs(logits_TV, target_T)
+    logits_TV = _logits(shape, model, adapters, fields, hidden_TD, fields["adapter"])
+    return logits_TV, token_logprobs(logits_TV, fields["target"])
 
 
 def encode_images(
@@ -141,13 +141,12 @@ def _logits(
     model: Model,
     adapters: AdapterArrays | None,
     fields: Mapping[str, jax.Array],
-    hidden_TD: jax.Array,
-    index_S: jax.Array,
+    hidden_SD: jax.Array,
+    adapter_S: jax.Array,
 ) -> jax.Array:
-    """Logits `[S, V]` of the rows `index_S`, each through its adapter's head."""
-    hidden_SD = hidden_TD[index_S]
+    """Logits `[S, V]`, each row through its adapter's head."""
     logits_SV = model.logits(hidden_SD)
-    lora = _lora(shape, adapters, fields, fields["adapter"][index_S])
+    lora = _lora(shape, adapters, fields, adapter_S)
     if adapters is None or lora is None:
         return logits_SV
     if adapters.heads_DV:
@@ -156,7 +155,7 @@ def _logits(
             hidden_SD,
             adapters.heads_DV,
             active=lora.active[REPLACED_HEADS],
-            adapter_S=lora.adapter_T,
+            adapter_S=adapter_S,
         )
     return lora.add(logits_SV, hidden_SD, site=HEAD_SITE, layer=0)
 

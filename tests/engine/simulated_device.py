@@ -11,7 +11,7 @@ import zlib
 
 from valora_jax.engine.kv_blocks import SCRATCH_PAGE
 from valora_jax.engine.request import Request
-from valora_jax.engine.scheduler import Plan, Scheduler
+from valora_jax.engine.scheduler import Chunk, Plan, Scheduler
 
 END_TOKEN = 0
 VOCABULARY = 5
@@ -50,7 +50,9 @@ class SimulatedDevice:
     scheduler: Scheduler
     page_tokens: int
     cells: dict = dataclasses.field(default_factory=dict)  # (page, offset) -> content
-    row_tokens: dict = dataclasses.field(default_factory=dict)  # row -> token it sampled last
+    # What was sampled last in each row, and for each request.
+    row_tokens: dict = dataclasses.field(default_factory=dict)
+    sampled: dict = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
     unread: collections.deque = dataclasses.field(default_factory=collections.deque)
 
     def run(self, plan: Plan) -> None:
@@ -68,7 +70,8 @@ class SimulatedDevice:
             self._check_read(request, tokens)
             if chunk.samples:
                 token = next_token(content_of(request, tokens))
-                self.row_tokens[request.row] = token
+                self.row_tokens[request.row] = (request, token)
+                self.sampled[request].append(token)
                 sampled.append((request, token))
         self.unread.append(sampled)
 
@@ -81,13 +84,15 @@ class SimulatedDevice:
             elif len(request.output_token_ids) == request.output_limit:
                 self.scheduler.finish(request, "length")
 
-    def _tokens(self, chunk) -> list[int]:
-        """All tokens up to the end of a chunk; a pending one comes from the row's state."""
-        end = chunk.start + chunk.length
-        tokens = chunk.request.known_tokens(0, min(end, chunk.request.known))
-        if len(tokens) < end:
-            assert len(tokens) == end - 1
-            tokens.append(self.row_tokens[chunk.request.row])
+    def _tokens(self, chunk: Chunk) -> list[int]:
+        """All tokens up to the end of a chunk. What it computes is known to the host or the row."""
+        request, end = chunk.request, chunk.start + chunk.length
+        tokens = [*request.prompt_token_ids, *self.sampled[request]][:end]
+        if end > request.known:
+            assert chunk.length == 1
+            assert self.row_tokens[request.row] == (request, tokens[-1])
+        else:
+            assert request.known_tokens(0, end) == tokens
         return tokens
 
     def _cell(self, request: Request, position: int) -> tuple[int, int]:

@@ -3,8 +3,9 @@ import hypothesis.strategies as st
 import pytest
 
 from valora_jax.engine.kv_blocks import SCRATCH_PAGE, KVBlocks
-from valora_jax.engine.request import AdapterRef, ImageSpan, Request
+from valora_jax.engine.request import ImageSpan, Request
 from valora_jax.engine.sampling_params import SamplingParams
+from valora_jax.lora.host_store import AdapterRef
 
 PAGE = 4
 

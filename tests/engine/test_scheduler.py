@@ -7,10 +7,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.engine.simulated_device import SimulatedDevice, answer_alone
 from valora_jax.engine.kv_blocks import KVBlocks
-from valora_jax.engine.request import AdapterRef, ImageSpan, Phase, Request
+from valora_jax.engine.request import ImageSpan, Phase, Request
 from valora_jax.engine.sampling_params import SamplingParams
 from valora_jax.engine.scheduler import Scheduler
 from valora_jax.errors import OutOfCapacityError, RequestTooLongError
+from valora_jax.lora.host_store import AdapterRef
 
 PAGE = 4
 
@@ -314,8 +315,8 @@ class RandomTraffic(RuleBasedStateMachine):
             return
         self.requests += new
 
-    @rule()
-    def run_a_step(self):
+    @rule(ahead=st.integers(1, 2))
+    def run_a_step(self, ahead):
         decoding = [r for r in self.scheduler.running if r.remaining == 1 and not r.outputs_planned]
         if (plan := self.scheduler.plan()) is not None:
             assert plan.tokens <= MAX_TOKENS
@@ -325,7 +326,7 @@ class RandomTraffic(RuleBasedStateMachine):
             self.device.run(plan)
         else:
             assert self.device.unread or not self.scheduler.has_work
-        if len(self.device.unread) > (plan is not None):
+        if len(self.device.unread) > (plan is not None) * ahead:
             self.device.read_oldest()
 
     @rule()
@@ -354,7 +355,7 @@ class RandomTraffic(RuleBasedStateMachine):
         for _ in range(100 + 100 * len(self.requests)):
             if not self.scheduler.has_work:
                 break
-            self.run_a_step()
+            self.run_a_step(ahead=1)
         while self.device.unread:
             self.device.read_oldest()
         self.the_books_balance()

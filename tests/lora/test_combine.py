@@ -159,9 +159,10 @@ def test_a_bias_for_a_linear_without_one_is_refused():
 def test_a_copy_of_the_base_head_is_dropped_and_a_trained_one_replaces_it():
     adapter = golden("a17_lm_head_lora")
     copy_VD = adapter.base_head_copy_VD
-    rounded_VD = np.float32(copy_VD)
-    same = with_base(adapter, linear_of=lambda *_: None, head_VD=lambda: rounded_VD)
-    other = with_base(adapter, linear_of=lambda *_: None, head_VD=lambda: rounded_VD + 1)
+    base_VD = np.float32(copy_VD)
+    finer_VD = base_VD * np.float32(1 + 2**-12)  # rounds to the copy, but is not it
+    same = with_base(adapter, linear_of=lambda *_: None, head_VD=lambda: base_VD)
+    other = with_base(adapter, linear_of=lambda *_: None, head_VD=lambda: finer_VD)
     assert same.replaced_head_VD is None
     assert other.replaced_head_VD is copy_VD
     assert not same.needs_base

@@ -130,8 +130,9 @@ def with_base(
     difference is the pair's `bias_N`; whoever serves the pair adds it or refuses the adapter. LoRA
     on the same linear is kept, by concatenating ranks.
 
-    A copy of the base head that equals the base's is dropped; one that differs was trained, and
-    becomes the replaced head. The comparison is in the copy's dtype, as PEFT rounded it.
+    A copy of the base head that equals the base's, in the dtype that the base is served in, is
+    dropped; one that differs becomes the replaced head. So does one that was only rounded when it
+    was saved: PEFT puts it in the base's place, and answers with it.
 
     Args:
       adapter: any; returned as it is if it does not need the base.
@@ -152,8 +153,8 @@ def with_base(
             pairs[site][layer] = _concatenated("", both)
     head = adapter.replaced_head_VD
     if (copy_VD := adapter.base_head_copy_VD) is not None:
-        same = np.array_equal(copy_VD, head_VD().astype(copy_VD.dtype))
-        head = head if same else copy_VD
+        base_VD = head_VD()
+        head = head if np.array_equal(copy_VD.astype(base_VD.dtype), base_VD) else copy_VD
     return dataclasses.replace(
         adapter,
         pairs=pairs,

@@ -42,7 +42,7 @@ class Engine:
         """Loads a checkpoint folder, takes the memory and compiles every step.
 
         Args:
-          model: a Hugging Face checkpoint folder.
+          model: a checkpoint folder, Hugging Face's or one of `valora convert hf-to-orbax`.
           config: sizes; see there.
           show_progress: bars and the memory plan, on stderr.
 

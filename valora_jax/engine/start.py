@@ -8,6 +8,7 @@ import jax
 from rich.console import Console
 from rich.progress import Progress
 
+from valora_jax import checkpoint
 from valora_jax.config import EngineConfig
 from valora_jax.engine.adapters import EngineAdapters
 from valora_jax.engine.buckets import MAX_CHUNKS
@@ -42,7 +43,7 @@ class Parts:
 
 
 def start(folder: Path, config: EngineConfig, *, show_progress: bool) -> Parts:
-    """Loads a checkpoint folder and makes everything ready to serve.
+    """Loads a checkpoint folder, Hugging Face's or Orbax's, and makes everything ready to serve.
 
     Raises:
       CheckpointError: the folder is no checkpoint that fits a known family.
@@ -54,7 +55,8 @@ def start(folder: Path, config: EngineConfig, *, show_progress: bool) -> Parts:
     spec = read_spec(read_config(folder))
     tokenizer, pixels = Tokenizer.from_folder(folder), ClipPixels.from_folder(folder)
     precision = Precision.choose(config.dtype, stored=spec.stored_dtype)
-    model = load_model(folder, spec, dtype=precision.weights, progress=show_progress)
+    load = checkpoint.load_model if checkpoint.is_orbax(folder) else load_model
+    model = load(folder, spec, dtype=precision.weights, progress=show_progress)
     return assemble(model, spec, config, precision, tokenizer, pixels, console)
 
 

@@ -107,7 +107,9 @@ class Factory:
     def merge(self, model: Model, name: str) -> Model:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "merged"
-            merge_adapter(model.folder, model.adapters[name], out, dtype="float32")
+            # A checkpoint has no place for a task head; the golden is of the language model.
+            adapter = dataclasses.replace(model.adapters[name], task_head=None)
+            merge_adapter(model.folder, adapter, out, dtype="float32")
             return self.load(str(out))
 
     def class_logits(self, model: Model, inputs: Inputs, adapter: str) -> np.ndarray:

@@ -11,7 +11,7 @@ def attend(q_TNH, k_SKH, v_SKH) -> np.ndarray:
         seen = S - T + t + 1
         for n in range(N):
             k_SH, v_SH = (np.float64(x[:seen, n * K // N]) for x in (k_SKH, v_SKH))
-            scores_S = k_SH @ np.float64(q_TNH[t, n]) / H**0.5
+            scores_S = np.dot(k_SH, np.float64(q_TNH[t, n])) / H**0.5
             weights_S = np.exp(scores_S - scores_S.max())
             out_TNH[t, n] = weights_S @ v_SH / weights_S.sum()
     return out_TNH

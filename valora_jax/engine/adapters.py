@@ -123,6 +123,10 @@ class EngineAdapters:
     def infos(self) -> list[AdapterInfo]:
         return self._store.list_adapters()
 
+    def resolve(self, name: str) -> AdapterRef:
+        """The newest version of a name; raises AdapterNotFoundError."""
+        return self._store.resolve(name)
+
     def hold(self, name: str) -> AdapterRef:
         """Keeps the newest version of a name until `let_go`, loaded or not.
 

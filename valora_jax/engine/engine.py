@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from rich.console import Console
@@ -22,7 +22,7 @@ from valora_jax.engine.sampling_params import SamplingParams
 from valora_jax.engine.start import Parts, start
 from valora_jax.errors import AdapterNotFoundError, OutOfCapacityError
 from valora_jax.lora.combine import Kind
-from valora_jax.lora.host_store import AdapterInfo
+from valora_jax.lora.host_store import AdapterInfo, AdapterRef
 from valora_jax.media.chat import render_chat
 from valora_jax.media.prompts import Prompt
 
@@ -122,7 +122,8 @@ class Engine:
         """Like `generate`, for one conversation in OpenAI's form or several, through the chat
         template."""
         one = bool(messages) and isinstance(messages[0], Mapping)
-        prompts = [self.render_chat(each) for each in ([messages] if one else messages)]
+        conversations = cast(Sequence[Messages], [messages] if one else messages)
+        prompts = [self.render_chat(conversation) for conversation in conversations]
         return self.generate(prompts, sampling_params, adapter=adapter, show_progress=show_progress)
 
     def render_chat(self, messages: Messages) -> Prompt:
@@ -170,6 +171,10 @@ class Engine:
         """
         prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         names = _one_each("adapter", adapter, len(prompts))
+        self._check_adapters(names)
+        for name in names:
+            if not self._with_adapters(lambda a, name=name: a.classes(a.resolve(name))):
+                raise ValueError(f"adapter {name!r} has no task head; call generate")
         done = self._run_once(prompts, names, classify=True)
         return [self._classified(generation) for generation in done]
 
@@ -248,25 +253,23 @@ class Engine:
         return self._run_all(checked, adapters, shown=False)
 
     def _classified(self, generation: Generation) -> ClassificationOutput:
-        output, job = generation.output(), generation.jobs[0]
-        assert output.adapter is not None
-        assert job.classes is not None
-        logits_C = job.classes[: self._with_adapters(lambda a: a.classes(output.adapter))]
+        output, all_C = generation.output(), generation.jobs[0].classes
+        ref = output.adapter
+        assert ref is not None  # `_check_adapters` saw its name
+        assert all_C is not None  # the request has run
+        logits_C = all_C[: self._with_adapters(lambda adapters: adapters.classes(ref))]
         exp_C = np.exp(logits_C - logits_C.max())
         return ClassificationOutput(
             prompt_token_ids=output.prompt_token_ids,
             logits=logits_C.tolist(),
             probs=(exp_C / exp_C.sum()).tolist(),
-            adapter=output.adapter,
+            adapter=ref,
         )
 
     def _start(self, checked: CheckedPrompt, adapter: str | None) -> Generation:
         """Queues a prompt; raises OutOfCapacityError, with nothing held, when the queue is full."""
         with self._lock:
-            held = [
-                self._with_adapters(lambda adapters: adapters.hold(adapter)) if adapter else None
-                for _ in range(checked.params.n)
-            ]
+            held = [self._hold(adapter) for _ in range(checked.params.n)]
             generation = self._prompts.make(checked, held)
             try:
                 self._core.add(generation.jobs)
@@ -277,6 +280,11 @@ class Engine:
                 raise
             self._generations[generation.id] = generation
             return generation
+
+    def _hold(self, adapter: str | None) -> AdapterRef | None:
+        if adapter is None:
+            return None
+        return self._with_adapters(lambda adapters: adapters.hold(adapter))
 
     def _run_all(
         self,

@@ -111,6 +111,7 @@ def _fill_features(
 
 def _fill_row(fields: Fields, request: Request, row: int, sources: Sources) -> None:
     params = request.params
+    assert params.seed is not None  # the engine draws one where the caller gave none
     generated = len(request.output_token_ids) + request.pending - 1  # this one is pending already
     fields["state_row"][row] = request.row
     fields["step"][row] = generated

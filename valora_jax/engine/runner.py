@@ -61,7 +61,8 @@ class InFlight:
 class Adapters(Protocol):
     """What steps need of adapters; see `engine.adapters`."""
 
-    pages_of_site: Mapping[str, int]
+    @property
+    def pages_of_site(self) -> Mapping[str, int]: ...
 
     def arrays(self) -> step.AdapterArrays:
         """Their place on the device, as it is now."""
@@ -161,11 +162,12 @@ class Runner:
 
     def set_counts(self, request: Request) -> None:
         """Tells the sampler the tokens of a newly admitted request that has penalties."""
-        vocab_rows = self._spec.vocab_rows
+        vocab_rows, row = self._spec.vocab_rows, request.row
+        assert row is not None  # it was admitted
         in_prompt_V = np.zeros(vocab_rows, bool)
         in_prompt_V[list(request.prompt_token_ids)] = True
         count_V = np.bincount(request.output_token_ids, minlength=vocab_rows).astype(np.int32)
-        self._state = self._set_counts(self._state, np.int32(request.row), count_V, in_prompt_V)
+        self._state = self._set_counts(self._state, np.int32(row), count_V, in_prompt_V)
 
     def warm_up(self, progress: Callable[[int, int], None]) -> None:
         """Compiles every shape by running it on nothing; `progress(done, all)` after each."""

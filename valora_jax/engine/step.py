@@ -7,11 +7,12 @@ F feature rows, I images.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 
 from pallas_kernels.lora_matmul import Implementation as Kernel
 from pallas_kernels.lora_matmul import LoraPool
@@ -47,7 +48,7 @@ class ModelShape:
     """A module without its weights, which come as a flat list: `nnx.jit` takes 11 ms a call."""
 
     graphdef: nnx.GraphDef
-    treedef: jax.tree_util.PyTreeDef
+    treedef: Any  # jax.tree_util.PyTreeDef, which type checkers take for a variable
     layers: int
 
     def merge(self, leaves: Sequence[jax.Array]) -> Model:
@@ -69,7 +70,7 @@ class StepShape:
     model: ModelShape
     layout: BatchLayout
     pages_of_site: Mapping[str, int] | None
-    dtype: DTypeLike
+    dtype: np.dtype
     kernel: Kernel
 
 

@@ -4,6 +4,7 @@ T tokens, D width, N query heads, K key-value heads, H head width.
 """
 
 import dataclasses
+import functools
 
 import jax
 from flax import nnx
@@ -12,11 +13,11 @@ from jax.typing import DTypeLike
 from pallas_kernels.paged_attention import (
     Chunks,
     Decodes,
-    Implementation,
     KVPages,
     paged_attention,
     write_kv,
 )
+from pallas_kernels.paged_attention import Implementation as Kernel
 from valora_jax.layers.linear import Linear
 from valora_jax.layers.rotary import rotate
 from valora_jax.lora.batch import LoraBatch
@@ -46,8 +47,9 @@ class KVCursor:
     Holds the arrays as they become; the step returns `kv` at the end.
     """
 
-    def __init__(self, kv: KVPages, *, layers: int, batch: AttentionBatch, kernel: Implementation):
-        self.kv, self._batch, self._kernel = kv, batch, kernel
+    def __init__(self, kv: KVPages, *, layers: int, batch: AttentionBatch, kernel: Kernel):
+        self.kv, self._batch = kv, batch
+        self._kernel: Kernel = kernel
         self._pages = kv.k_PKpH.shape[0] // layers
 
     def attend(
@@ -90,9 +92,9 @@ class Attention(nnx.Module):
         self.head_width, self.layer = head_width, layer
         q, kv = heads * head_width, kv_heads * head_width
         sites = ("decoder.q", "decoder.k", "decoder.v")
-        kwargs = dict(layer=layer, dtype=dtype, rngs=rngs)
-        self.qkv = Linear(width, (q, kv, kv), sites=sites, **kwargs)
-        self.out = Linear(q, (width,), sites=("decoder.o",), **kwargs)
+        linear = functools.partial(Linear, layer=layer, dtype=dtype, rngs=rngs)
+        self.qkv = linear(width, (q, kv, kv), sites=sites)
+        self.out = linear(q, (width,), sites=("decoder.o",))
 
     def __call__(
         self, x_TD: jax.Array, angle_Th: jax.Array, *, cursor: KVCursor, lora: LoraBatch | None

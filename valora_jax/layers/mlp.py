@@ -1,5 +1,7 @@
 """The gated MLP of Llama-like decoders: `down(silu(gate x) * up x)`. T tokens, D width."""
 
+import functools
+
 import jax
 from flax import nnx
 from jax.typing import DTypeLike
@@ -12,10 +14,10 @@ class GatedMlp(nnx.Module):
     """gate and up are one matmul."""
 
     def __init__(self, width: int, *, mlp_width: int, layer: int, dtype: DTypeLike, rngs: nnx.Rngs):
-        kwargs = dict(layer=layer, dtype=dtype, rngs=rngs)
+        linear = functools.partial(Linear, layer=layer, dtype=dtype, rngs=rngs)
         sites = ("decoder.gate", "decoder.up")
-        self.gate_up = Linear(width, (mlp_width, mlp_width), sites=sites, **kwargs)
-        self.down = Linear(mlp_width, (width,), sites=("decoder.down",), **kwargs)
+        self.gate_up = linear(width, (mlp_width, mlp_width), sites=sites)
+        self.down = linear(mlp_width, (width,), sites=("decoder.down",))
 
     def __call__(self, x_TD: jax.Array, *, lora: LoraBatch | None) -> jax.Array:
         gate_TF, up_TF = self.gate_up(x_TD, lora)

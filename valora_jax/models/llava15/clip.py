@@ -5,6 +5,8 @@ Ported from `transformers.models.clip` and `.llava` (5.17: `CLIPVisionTransforme
 D vision width, E decoder width, N heads, H head width, p patch side.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -28,9 +30,9 @@ class VisionAttention(nnx.Module):
 
     def __init__(self, cfg: VisionConfig, *, layer: int, dtype: DTypeLike, rngs: nnx.Rngs):
         D, self.heads = cfg.width, cfg.heads
-        kwargs = dict(layer=layer, bias=True, dtype=dtype, rngs=rngs)
-        self.qkv = Linear(D, (D, D, D), sites=("vision.q", "vision.k", "vision.v"), **kwargs)
-        self.out = Linear(D, (D,), sites=("vision.o",), **kwargs)
+        linear = functools.partial(Linear, layer=layer, bias=True, dtype=dtype, rngs=rngs)
+        self.qkv = linear(D, (D, D, D), sites=("vision.q", "vision.k", "vision.v"))
+        self.out = linear(D, (D,), sites=("vision.o",))
 
     def __call__(self, x_TD: jax.Array, *, images: int, lora: LoraBatch | None) -> jax.Array:
         D = x_TD.shape[-1]
@@ -47,9 +49,9 @@ class VisionMlp(nnx.Module):
     def __init__(self, cfg: VisionConfig, *, layer: int, dtype: DTypeLike, rngs: nnx.Rngs):
         self.activation: Activation = cfg.activation
         D, F = cfg.width, cfg.mlp_width
-        kwargs = dict(layer=layer, bias=True, dtype=dtype, rngs=rngs)
-        self.up = Linear(D, (F,), sites=("vision.up",), **kwargs)
-        self.down = Linear(F, (D,), sites=("vision.down",), **kwargs)
+        linear = functools.partial(Linear, layer=layer, bias=True, dtype=dtype, rngs=rngs)
+        self.up = linear(D, (F,), sites=("vision.up",))
+        self.down = linear(F, (D,), sites=("vision.down",))
 
     def __call__(self, x_TD: jax.Array, *, lora: LoraBatch | None) -> jax.Array:
         (hidden_TF,) = self.up(x_TD, lora)
@@ -125,9 +127,9 @@ class Projector(nnx.Module):
 
     def __init__(self, cfg: Llava15Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
         D, E = cfg.vision.width, cfg.decoder.width
-        kwargs = dict(bias=True, dtype=dtype, rngs=rngs)
-        self.up = Linear(D, (E,), sites=("projector.up",), **kwargs)
-        self.down = Linear(E, (E,), sites=("projector.down",), **kwargs)
+        linear = functools.partial(Linear, bias=True, dtype=dtype, rngs=rngs)
+        self.up = linear(D, (E,), sites=("projector.up",))
+        self.down = linear(E, (E,), sites=("projector.down",))
 
     def __call__(self, x_TD: jax.Array, *, lora: LoraBatch | None) -> jax.Array:
         (hidden_TE,) = self.up(x_TD, lora)

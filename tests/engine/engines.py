@@ -1,0 +1,85 @@
+"""Engines of the tiny models, made once a session; those of one model share their shapes.
+
+What differs between the configs of one model is chosen so that the steps are compiled once and then
+come out of the compilation cache.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from valora_jax.config import EngineConfig
+from valora_jax.engine.engine import Engine
+
+GOLDENS = Path(__file__).parent.parent / "goldens"
+ADAPTERS = GOLDENS / "adapters"
+ADAPTER_INDEX = json.loads((ADAPTERS / "index.json").read_text())
+
+CONFIG = EngineConfig(
+    dtype="float32",
+    max_requests=4,
+    max_waiting=64,
+    max_tokens_per_step=64,
+    max_request_tokens=512,
+    page_tokens=16,
+    kv_pages=33,  # one request of the greatest length; four long ones preempt each other
+    image_slots=4,
+    max_adapters=3,
+    lora_pages=8,
+    projector_lora_pages=16,
+    max_replaced_heads=1,
+    max_classes=8,
+    compile_cache=None,
+)
+_ENGINES: list[Engine] = []
+
+
+@functools.cache
+def engine_of(model: str = "llava15-tiny", **changes) -> Engine:
+    """The session's engine for a model and for what differs from `CONFIG`."""
+    config = dataclasses.replace(CONFIG, **changes)
+    engine = Engine(GOLDENS / "checkpoints" / model, config, show_progress=False)
+    _ENGINES.append(engine)
+    return engine
+
+
+def load(engine: Engine, *names: str) -> None:
+    """Loads golden adapters under their own names, unless they are loaded."""
+    loaded = {info.ref.name for info in engine.list_adapters() if info.current}
+    for name in names:
+        if name not in loaded:
+            engine.load_adapter(name, ADAPTERS / name)
+
+
+@functools.cache
+def image(number: int) -> Image.Image:
+    """A picture of noise, another one for each number."""
+    noise_HW3 = np.random.default_rng(number).integers(0, 256, (40, 60, 3), np.uint8)
+    return Image.fromarray(noise_HW3)
+
+
+def with_images(text: str, *numbers: int) -> dict:
+    """A prompt of images of noise and a text."""
+    images = [image(number) for number in numbers]
+    return {"prompt": "<image>" * len(images) + text, "multi_modal_data": {"image": images}}
+
+
+def assert_nothing_is_held() -> None:
+    """No engine of the session has a request, page, row, adapter or image of one left."""
+    for engine in _ENGINES:
+        core = engine.parts.core
+        while core.has_work:  # steps in flight, of requests that have ended
+            assert not core.scheduler.has_work
+            core.step()
+        core.scheduler._blocks.check([])
+        assert core.scheduler._blocks.free_pages == engine.parts.memory.kv_pages - 1
+        assert sorted(core.scheduler._free_rows) == list(range(engine.config.max_requests))
+        assert core.images.held_slots == 0
+        assert core.adapters.placed == 0
+        assert [i for i in engine.list_adapters() if i.users or not i.current] == []
+        assert [core._jobs, core.images._held, core.adapters._slot_of] == [{}, {}, {}]
+        assert engine._generations == {}

@@ -122,7 +122,7 @@ def test_rows_of_one_batch_keep_to_their_own_settings():
     ).token_S
     seen = [set(tokens_S[kind_S == kind].tolist()) for kind in range(4)]
     assert seen == [{0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}]
-    assert V == len(set(sampled(np.zeros((S, V)), temperature=1.0).token_S))
+    assert len(set(sampled(np.zeros((S, V)), temperature=1.0).token_S)) == V
 
 
 def test_penalties_are_vllms_formulas():

@@ -146,16 +146,18 @@ class EngineAdapters:
         if (ref := request.adapter) is None:
             self._slot_of[request] = -1
             return True
-        try:
-            adapter = None if ref in self._residency else self._store.get(ref)
-        except (ValueError, OSError, NotImplementedError) as error:
-            # Its folder changed or went away after its arrays were dropped.
-            self._failures.append((request, error))
-            return False
         placement = self._residency.acquire(ref, self._needs[ref])
         if placement is None:
             return False
-        if adapter is not None:
+        if placement.fresh:
+            try:  # only now: who waits for a place must not read its folder at every step
+                adapter = self._store.get(ref)
+            except (ValueError, OSError, NotImplementedError) as error:
+                # Its folder changed or went away after its arrays were dropped.
+                self._failures.append((request, error))
+                self._residency.release(ref)
+                self._residency.drop(ref)
+                return False
             for part in (self._pool, self._heads, self._task_heads):
                 part.upload(adapter, placement)
         self._slot_of[request] = placement.slot

@@ -1,0 +1,153 @@
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tests.engine.engines import ADAPTERS, CONFIG, GOLDENS
+from valora_jax.engine.adapters import EngineAdapters
+from valora_jax.engine.request import Request
+from valora_jax.engine.sampling_params import SamplingParams
+from valora_jax.errors import AdapterError, AdapterNotFoundError
+from valora_jax.lora.host_store import AdapterRef
+from valora_jax.models import read_spec
+from valora_jax.models.loading import read_config
+
+TARGET = read_spec(read_config(GOLDENS / "checkpoints" / "llava15-tiny")).adapter_target
+A, B, VISION = "a01_attn_lm_r8", "a19_attn_lm_r8_b", "a05_vision_proj_r8"
+
+
+def adapters_of(**changes) -> EngineAdapters:
+    def no_base(*_):
+        raise AssertionError("none of these adapters needs the base")
+
+    return EngineAdapters(
+        dataclasses.replace(CONFIG, **changes),
+        TARGET,
+        dtype=np.dtype(np.float32),
+        linear_of=no_base,
+        head_VD=no_base,
+    )
+
+
+def request_of(adapter: AdapterRef | None) -> Request:
+    return Request(
+        id="r", prompt_token_ids=[1], params=SamplingParams(max_tokens=1), adapter=adapter
+    )
+
+
+def reads_of(adapters: EngineAdapters, monkeypatch) -> list[str]:
+    """The names of the folders that are read again from here on."""
+    reads, reread = [], adapters._store._reread
+
+    def counted(path, name):
+        reads.append(name)
+        return reread(path, name)
+
+    monkeypatch.setattr(adapters._store, "_reread", counted)
+    return reads
+
+
+def test_a_request_holds_a_slot_and_the_base_model_none():
+    adapters = adapters_of(max_adapters=1)
+    adapters.load(A, ADAPTERS / A)
+    with_a, base = request_of(adapters.hold(A)), request_of(None)
+    assert adapters.acquire(with_a)
+    assert adapters.acquire(base)
+    assert (adapters.slot(with_a), adapters.slot(base), adapters.placed) == (0, -1, 1)
+    adapters.release(with_a)
+    adapters.release(base)
+    assert adapters.placed == 0
+
+
+def test_more_adapters_than_slots_wait_for_one():
+    adapters = adapters_of(max_adapters=1)
+    for name in (A, B):
+        adapters.load(name, ADAPTERS / name)
+    first, second = (request_of(adapters.hold(name)) for name in (A, B))
+    assert adapters.acquire(first)
+    assert not adapters.acquire(second)
+    adapters.release(first)
+    assert adapters.acquire(second)
+
+
+def test_who_waits_for_a_slot_reads_no_folder_again(monkeypatch):
+    adapters = adapters_of(max_adapters=1, host_adapter_bytes=0)
+    for name in (A, B):
+        adapters.load(name, ADAPTERS / name)
+    assert [info.in_memory for info in adapters.infos()] == [False, False]
+    reads = reads_of(adapters, monkeypatch)
+    first, second = (request_of(adapters.hold(name)) for name in (A, B))
+    assert adapters.acquire(first)
+    for _ in range(3):
+        assert not adapters.acquire(second)
+    adapters.release(first)
+    assert adapters.acquire(second)
+    assert reads == [A, B]
+
+
+def test_a_folder_that_changed_fails_its_request_and_holds_nothing(tmp_path):
+    adapters = adapters_of(max_adapters=1, host_adapter_bytes=0)
+    shutil.copytree(ADAPTERS / A, tmp_path / "a")
+    adapters.load("changed", tmp_path / "a")
+    adapters.load(B, ADAPTERS / B)
+    shutil.copytree(ADAPTERS / B, tmp_path / "a", dirs_exist_ok=True)
+    broken, other = request_of(adapters.hold("changed")), request_of(adapters.hold(B))
+    assert not adapters.acquire(broken)
+    ((failed, error),) = adapters.take_failures()
+    assert failed is broken
+    assert "has changed since it was loaded; load it again" in str(error)
+    assert (adapters.take_failures(), adapters.placed) == ([], 0)
+    assert adapters.acquire(other)
+    adapters.release(other)
+    shutil.copytree(ADAPTERS / A, tmp_path / "a", dirs_exist_ok=True)
+    assert adapters.acquire(broken)  # nothing of the failure stays on the device
+
+
+def test_a_reloaded_name_is_a_new_version_and_the_old_one_goes_with_its_last_user():
+    adapters = adapters_of()
+    adapters.load("name", ADAPTERS / A)
+    old = adapters.hold("name")
+    user = request_of(old)
+    adapters.acquire(user)
+    adapters.load("name", ADAPTERS / VISION)
+    new = adapters.hold("name")
+    assert new != old
+    assert [(info.ref, info.current) for info in adapters.infos()] == [(old, False), (new, True)]
+    assert (adapters.changes_vision(old), adapters.changes_vision(new)) == (False, True)
+    adapters.release(user)
+    adapters.let_go(old)
+    assert [info.ref for info in adapters.infos()] == [new]
+    assert old not in adapters._residency
+
+
+def test_an_unloaded_adapter_finishes_and_then_leaves_the_device():
+    adapters = adapters_of()
+    adapters.load(A, ADAPTERS / A)
+    user = request_of(adapters.hold(A))
+    adapters.acquire(user)
+    adapters.unload(A)
+    with pytest.raises(AdapterNotFoundError, match="no adapter 'a01_attn_lm_r8'; loaded: none"):
+        adapters.hold(A)
+    assert adapters.placed == 1
+    adapters.release(user)
+    adapters.let_go(user.adapter)
+    assert (adapters.infos(), adapters._residency._residents) == ([], {})
+
+
+def test_what_can_never_be_placed_is_refused_with_every_reason():
+    adapters = adapters_of(lora_pages=2, max_classes=6, max_replaced_heads=0)
+    with pytest.raises(AdapterError, match="needs 4 pages of rank rows, the device has 2") as error:
+        adapters.load("wide", ADAPTERS / "a06_qv_r64")
+    assert str(error.value).count("raise EngineConfig.lora_pages") == 2
+    with pytest.raises(AdapterError, match=r"7 classes.*raise EngineConfig\.max_classes"):
+        adapters.load("classes", ADAPTERS / "a10_new_head")
+    assert adapters.infos() == []
+
+
+def test_bytes_are_those_of_the_arrays():
+    adapters = adapters_of()
+    arrays = jax.tree.leaves((adapters.arrays(), adapters.task_heads))
+    want_bytes = EngineAdapters.device_bytes(CONFIG, TARGET, dtype=np.dtype(np.float32))
+    assert sum(array.nbytes for array in arrays) == want_bytes

@@ -14,6 +14,9 @@ from PIL import Image
 
 from valora_jax.config import EngineConfig
 from valora_jax.engine.engine import Engine
+from valora_jax.engine.outputs import CompletionOutput
+from valora_jax.engine.sampling_params import SamplingParams
+from valora_jax.media.prompts import Prompt
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 ADAPTERS = GOLDENS / "adapters"
@@ -83,3 +86,12 @@ def assert_nothing_is_held() -> None:
         assert [i for i in engine.list_adapters() if i.users or not i.current] == []
         assert [core._jobs, core.images._held, core.adapters._slot_of] == [{}, {}, {}]
         assert engine._generations == {}
+
+
+def answer(
+    engine: Engine, prompt: Prompt, *, adapter: str | None = None, **params
+) -> CompletionOutput:
+    """The one answer to a prompt that has the engine to itself; greedy unless told otherwise."""
+    sampling = SamplingParams(**dict(temperature=0, ignore_eos=True) | params)
+    (output,) = engine.generate(prompt, sampling, adapter=adapter)
+    return output.outputs[0]

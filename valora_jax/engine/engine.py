@@ -6,7 +6,7 @@ threads share the steps, one at a time.
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -149,7 +149,7 @@ class Engine:
         sampling_params: SamplingParams | None = None,
         *,
         adapter: str | None = None,
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Yields the output as it grows, whole each time; raises at once what `generate` raises.
 
         Closing the iterator, or losing it, aborts the request.
@@ -159,7 +159,9 @@ class Engine:
         """
         self._check_adapters([adapter])
         checked = self._prompts.check(prompt, sampling_params or SamplingParams())
-        return self._follow(self._start(checked, adapter))
+        outputs = self._follow(self._start(checked, adapter))
+        next(outputs)  # into its `try`: closing a generator that never began would abort nothing
+        return cast(Generator[RequestOutput, None, None], outputs)
 
     def classify(
         self, prompts: Prompt | Sequence[Prompt], *, adapter: str | Sequence[str]
@@ -316,12 +318,16 @@ class Engine:
                 self.abort(generation.id)
         return started
 
-    def _follow(self, generation: Generation) -> Iterator[RequestOutput]:
+    def _follow(self, generation: Generation) -> Iterator[RequestOutput | None]:
+        """Yields None, then outputs; others may drive the request, too, even to its end."""
         try:
-            seen = 0
-            while not generation.finished:
-                self._step()
-                if generation.tokens > seen or generation.finished:
+            yield None
+            seen, finished = 0, False
+            while not finished:
+                if not generation.finished and generation.tokens == seen:
+                    self._step()
+                finished = generation.finished
+                if finished or generation.tokens > seen:
                     seen = generation.tokens
                     yield generation.output()
         finally:

@@ -131,18 +131,18 @@ def test_stop_tokens_end_an_answer_but_not_before_its_least_tokens(engine):
 
 
 def test_the_end_token_ends_an_answer_unless_ignored(engine):
-    # The tiny model never says it of itself: a penalty below zero makes it likely once it was said.
     (end,) = engine.parts.tokenizer.stop_token_ids
-    prompt = {"prompt_token_ids": [1, 5, end]}
+    prompt = {"prompt_token_ids": [1, 6, end]}
+    # The tiny model would never say it; such a penalty has it repeat the prompt.
     params = dict(repetition_penalty=1e-3, max_tokens=10)
+    whole = list(answer(engine, prompt, ignore_eos=True, **params).token_ids)
+    assert 0 < whole.index(end) < 9
     short = answer(engine, prompt, ignore_eos=False, **params)
-    whole = answer(engine, prompt, ignore_eos=True, **params)
-    if end in whole.token_ids:
-        cut = list(whole.token_ids)[: list(whole.token_ids).index(end) + 1]
-        assert (list(short.token_ids), short.finish_reason) == (cut, "stop")
-    assert whole.finish_reason == "length"
+    assert list(short.token_ids) == whole[: whole.index(end) + 1]
+    assert (short.finish_reason, short.stop_reason) == ("stop", None)
     held = answer(engine, prompt, ignore_eos=False, min_tokens=10, **params)
-    assert end not in list(held.token_ids)
+    assert end not in held.token_ids
+    assert len(held.token_ids) == 10
 
 
 def test_special_tokens_are_in_the_text_only_if_asked_for(engine):

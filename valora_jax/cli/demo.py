@@ -47,7 +47,7 @@ def run(command: Demo) -> int:
     console.print(
         "[bold]The valora_jax demo[/bold]\n"
         "SmolLM2-135M-Instruct and a ViT-S/14 as one LLaVA-1.5 model. Steps compile as they are "
-        "first met,\nwhich takes a while once; the next start finds them in the cache.\n"
+        "first met, which takes a while once; the next start finds them in the cache.\n"
     )
     shown = sys.stderr.isatty()
     folder = model_folder("demo", show_progress=shown)

@@ -40,7 +40,7 @@ class Showcase:
         self._title("2. Photographs, in one batch")
         self._note(
             "The two halves of this model have never seen each other: what connects them is "
-            "untrained.\nThe photographs run through the whole model, but its answers say nothing "
+            "untrained. The photographs run through the whole model, but its answers say nothing "
             "about them yet."
         )
         began_s = time.monotonic()
@@ -56,7 +56,7 @@ class Showcase:
         self._title("3. Adapters, in one batch")
         self._note(
             "The same question to the model and to two LoRA adapters of different ranks, in the "
-            "same steps.\nThe adapters' weights are random, not trained: they show that each "
+            "same steps. The adapters' weights are random, not trained: they show that each "
             "request brings its own."
         )
         with tempfile.TemporaryDirectory() as work:

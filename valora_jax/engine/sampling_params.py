@@ -111,8 +111,8 @@ class SamplingParams:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop
         if not _is_list_of(stops, lambda s: isinstance(s, str) and s != ""):
             yield f"stop={self.stop!r}, want a non-empty string, a list of them or None"
-        if not _is_list_of(self.stop_token_ids, lambda t: _is_integer(t) and t >= 0):
-            yield f"stop_token_ids={self.stop_token_ids!r}, want a list of integers >= 0 or None"
+        if not _is_list_of(self.stop_token_ids, lambda t: _is_integer(t) and 0 <= t <= _MAX_INT32):
+            yield f"stop_token_ids={self.stop_token_ids!r}, want a list of token ids or None"
         most, least = self.max_tokens, self.min_tokens
         if _is_integer(most) and _is_integer(least) and least > most:
             yield f"min_tokens={least} exceeds max_tokens={most}; raise max_tokens"

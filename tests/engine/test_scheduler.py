@@ -161,10 +161,17 @@ def test_a_preempted_request_waits_for_its_pending_token():
 def test_samples_of_one_prompt_compute_it_once():
     scheduler = scheduler_of(max_requests=4)
     scheduler.add(*(request_of(name, list(range(14))) for name in "abc"))
-    scheduler.add(request_of("d", 3))
+    scheduler.add(request_of("d", 2))
     assert step(scheduler) == {"a": 8}
     assert step(scheduler) == {"a": 6, "d": 2}
     assert step(scheduler) == {"a": 1, "d": 1, "b": 2, "c": 2}
+
+
+def test_a_prompt_that_a_step_can_hold_is_not_cut_to_fill_one_up():
+    scheduler = scheduler_of(max_requests=4)
+    scheduler.add(request_of("a", 5), request_of("b", 5), request_of("long", 20))
+    assert step(scheduler) == {"a": 5}
+    assert step(scheduler) == {"a": 1, "b": 5, "long": 2}
 
 
 def test_a_request_without_a_place_lets_others_pass_a_bounded_number_of_times():

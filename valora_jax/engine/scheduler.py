@@ -247,7 +247,7 @@ class Scheduler:
             if budget == 0:
                 break
             request = self._waiting[0]
-            admission = self._admit(request)
+            admission = self._admit(request, uncut_room=budget if plan.prefills else None)
             if admission is _Admission.ADMITTED:
                 self._waiting.popleft()
                 self._add_chunk(plan, request, min(request.remaining, budget))
@@ -267,14 +267,21 @@ class Scheduler:
             return 0
         return self._max_tokens - plan.tokens
 
-    def _admit(self, request: Request) -> _Admission:
-        """Makes a waiting request run, or changes nothing."""
+    def _admit(self, request: Request, *, uncut_room: int | None) -> _Admission:
+        """Makes a waiting request run, or changes nothing.
+
+        A prompt that a step can hold is not cut to fill up the room that others leave: it would
+        share two steps with strangers, and their adapters, instead of one, and end no sooner.
+        """
         # Preempted with a step in flight: its token comes within a step, and pages are short.
         if request.pending or request.outputs_planned:
             return _Admission.BLOCKED
         matched = self._blocks.match(request)
         if self._blocks.awaits(request, matched):
             return _Admission.PASSED
+        left = request.total - matched
+        if uncut_room is not None and uncut_room < left <= self._max_tokens:
+            return _Admission.BLOCKED
         request.computed = matched
         if not self._open_gates(request):
             request.computed = 0

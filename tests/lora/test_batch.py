@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,7 @@ from flax import nnx
 
 from pallas_kernels.lora_matmul import ActivePages, LoraPool, reference
 from valora_jax.layers.linear import Linear
-from valora_jax.lora.batch import LoraBatch
+from valora_jax.lora.batch import FirstRows, LoraBatch
 
 LAYERS, PAGES, SLOTS, D, E = 2, 4, 3, 24, 20
 ACTIVE = ActivePages(
@@ -13,6 +15,14 @@ ACTIVE = ActivePages(
     owner_P=jnp.array([0, 2, 0], jnp.int32),
     count=jnp.int32(2),
 )
+
+
+def only(slot: int) -> ActivePages:
+    """The page of one slot."""
+    page = ACTIVE.page_P[ACTIVE.owner_P == slot][:1]
+    return ActivePages(page_P=page, owner_P=jnp.array([slot], jnp.int32), count=jnp.int32(1))
+
+
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -74,6 +84,20 @@ def test_other_rows_take_the_same_adapters():
     assert sampled.pools is batch.pools
     got_SE = sampled.add(y_SE, x_SD, site="up", layer=0)
     np.testing.assert_allclose(got_SE, expected(sampled, y_SE, x_SD, layer=0), **FLOAT32)
+
+
+def test_first_rows_bring_their_adapters_apart_from_the_rest():
+    together, (x_TD, y_TE) = make_batch([2, -1, 0, 2], biased=True), rows(4)
+    apart = dataclasses.replace(
+        together,
+        active={"up": only(0)},
+        adapter_T=jnp.array([-1, -1, 0, -1], jnp.int32),
+        first=FirstRows(active={"up": only(2)}, adapter_F=jnp.array([2, -1], jnp.int32)),
+    )
+    want_TE = expected(together, y_TE, x_TD, layer=1)
+    want_TE[3] = y_TE[3]  # past the first rows, and of an adapter that is not active there
+    got_TE = apart.add(y_TE, x_TD, site="up", layer=1)
+    np.testing.assert_allclose(got_TE, want_TE, **FLOAT32)
 
 
 def test_a_linear_skips_the_sites_that_serve_no_adapters():

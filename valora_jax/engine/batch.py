@@ -55,6 +55,7 @@ class BatchLayout:
             shapes |= {"chunk_page": (C, W), "chunk_count": ()}
         if active:
             shapes["active"] = active
+            shapes |= {"chunk_active": active} if C else {}
         return cls(shapes=shapes)
 
     @classmethod

@@ -6,7 +6,7 @@ Decides nothing. Calls enqueue work and return; `InFlight.read` waits for its re
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import jax
@@ -24,7 +24,7 @@ from valora_jax.engine.memory_plan import MemoryPlan
 from valora_jax.engine.precision import Precision, in_dtype
 from valora_jax.engine.request import Request
 from valora_jax.engine.sampler import Sampled, SamplerState
-from valora_jax.engine.scheduler import Plan
+from valora_jax.engine.scheduler import Chunk, Plan
 from valora_jax.lora.heads import TaskHeads, class_logits
 from valora_jax.models.build import parameter_paths, with_weights
 from valora_jax.models.spec import Model, ModelSpec
@@ -122,12 +122,14 @@ class Runner:
         chunks = (*plan.decodes, *plan.prefills)
         prompt_tokens = plan.tokens - len(plan.decodes)
         bucket = self.buckets.choose(decodes=len(plan.decodes), prompt_tokens=prompt_tokens)
-        slots = {self._sources.adapter_slot(chunk.request) for chunk in chunks}
+        slots = self._slots(chunks)
         shape = self._step_shape(bucket, with_lora=self._wants_lora(slots))
         packed, fields = shape.layout.buffer()
         neutral(fields, vocab_rows=self._spec.vocab_rows, padding_row=self._padding_row)
         requests = fill(fields, plan, self._sources)
         self._fill_active(fields, slots)
+        if self._adapters and "chunk_active" in fields:
+            fields["chunk_active"][:] = self._adapters.active(sorted(self._slots(plan.prefills)))
         hidden_TD, sampled = self._run(shape, packed)
         jax.tree.map(lambda x: x.copy_to_host_async(), sampled)
         scores = None
@@ -297,6 +299,9 @@ class Runner:
 
     def _arrays(self, shape: step.StepShape) -> step.AdapterArrays | None:
         return self._adapters.arrays() if self._adapters and shape.pages_of_site else None
+
+    def _slots(self, chunks: Iterable[Chunk]) -> set[int]:
+        return {self._sources.adapter_slot(chunk.request) for chunk in chunks}
 
     def _wants_lora(self, slots: Collection[int]) -> bool:
         """Whether rows of these adapter slots, -1 for none, need the variant with LoRA."""

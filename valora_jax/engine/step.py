@@ -20,7 +20,7 @@ from pallas_kernels.paged_attention import Chunks, Decodes, KVPages
 from valora_jax.engine.batch import BatchLayout
 from valora_jax.engine.sampler import Sampled, SamplerState, sample, token_logprobs
 from valora_jax.layers.attention import AttentionBatch, KVCursor
-from valora_jax.lora.batch import LoraBatch
+from valora_jax.lora.batch import FirstRows, LoraBatch
 from valora_jax.lora.heads import replaced_logits
 from valora_jax.lora.pool import unpack_active
 from valora_jax.lora.residency import REPLACED_HEADS
@@ -89,7 +89,7 @@ def decoder_step(
     """
     fields = shape.layout.unpack(packed)
     model = shape.model.merge(leaves)
-    lora = _lora(shape, adapters, fields, fields["adapter"])
+    lora = _step_lora(shape, adapters, fields)
     token_T = jnp.where(
         fields["token"] >= 0, fields["token"], state.last_token_R[fields["token_row"]]
     )
@@ -172,6 +172,24 @@ def _lora(
         active=unpack_active(fields["active"], shape.pages_of_site),
         adapter_T=adapter_T,
         implementation=shape.kernel,
+    )
+
+
+def _step_lora(
+    shape: StepShape, adapters: AdapterArrays | None, fields: Mapping[str, jax.Array]
+) -> LoraBatch | None:
+    """The adapters of a whole step, those of decodes apart where there are prompt chunks, too."""
+    adapter_T = fields["adapter"]
+    lora = _lora(shape, adapters, fields, adapter_T)
+    if shape.pages_of_site is None or lora is None or "chunk_active" not in fields:
+        return lora
+    D = fields["decode_kv_len"].shape[0]
+    decodes_T = jnp.arange(adapter_T.shape[0]) < fields["decode_count"]
+    return dataclasses.replace(
+        lora,
+        active=unpack_active(fields["chunk_active"], shape.pages_of_site),
+        adapter_T=jnp.where(decodes_T, -1, adapter_T),
+        first=FirstRows(active=lora.active, adapter_F=jnp.where(decodes_T, adapter_T, -1)[:D]),
     )
 
 

@@ -20,7 +20,8 @@ class EngineConfig:
       max_request_tokens: prompt and answer together; None is what the model's positions allow.
       page_tokens: tokens of a key-value page; prefixes are shared in whole pages.
       kv_pages: key-value pages; None takes what the requests can use and the memory allows.
-      memory_fraction: of the memory free after loading that key-value pages may take.
+      memory_fraction: of the memory free after loading that the engine may take; None is 0.9 on an
+        accelerator and 0.2 on a CPU, whose memory others need.
       prefix_cache: share pages of equal prefixes between requests of the same adapter.
       image_slots: images whose features are kept on the device.
       max_adapters: adapters on the device at once; 0 serves the base model alone. More can be
@@ -45,7 +46,7 @@ class EngineConfig:
     max_request_tokens: int | None = None
     page_tokens: int = 64
     kv_pages: int | None = None
-    memory_fraction: float = 0.8
+    memory_fraction: float | None = None
     prefix_cache: bool = True
     image_slots: int = 32
     max_adapters: int = 16
@@ -80,7 +81,7 @@ class EngineConfig:
             for name, low in least.items()
             if values[name] is not None and values[name] < low
         ]
-        if not 0 < self.memory_fraction <= 1:
+        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
             faults.append(f"memory_fraction={self.memory_fraction} is not in (0, 1]")
         if self.max_requests > self.max_tokens_per_step:
             faults.append(

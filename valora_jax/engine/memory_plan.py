@@ -61,7 +61,8 @@ class MemoryPlan:
         page_bytes = page_elements * dtype.itemsize
         limit = min(config.max_request_tokens or spec.max_positions, spec.max_positions)
         request_pages = -(-limit // config.page_tokens)
-        left_bytes = int(config.memory_fraction * free_bytes)
+        fraction = config.memory_fraction or (0.2 if jax.default_backend() == "cpu" else 0.9)
+        left_bytes = int(fraction * free_bytes)
         left_bytes -= adapters_bytes + features_bytes + sampler_bytes
         wanted = 1 + config.max_requests * request_pages
         kv_pages = config.kv_pages or min(wanted, left_bytes // page_bytes)

@@ -102,9 +102,8 @@ class Engine:
           RequestTooLongError: a prompt can never fit the engine.
         """
         prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        if sampling_params is None:
-            sampling_params = SamplingParams()
-        params = _one_each("sampling_params", sampling_params, len(prompts))
+        one_or_each = SamplingParams() if sampling_params is None else sampling_params
+        params = _one_each("sampling_params", one_or_each, len(prompts))
         adapters = _one_each("adapter", adapter, len(prompts))
         self._check_adapters(adapters)
         checked = [
@@ -177,9 +176,8 @@ class Engine:
         names = _one_each("adapter", adapter, len(prompts))
         self._check_adapters(names)
         for name in names:
-            if name is None or not self._with_adapters(
-                lambda adapters, name=name: adapters.classes(adapters.resolve(name))
-            ):
+            classes = self._with_adapters(lambda a, name=name: name and a.classes(a.resolve(name)))
+            if not classes:
                 raise ValueError(f"adapter {name!r} has no task head; call generate")
         done = self._run_once(prompts, names, classify=True)
         return [self._classified(generation) for generation in done]

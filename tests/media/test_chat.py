@@ -132,3 +132,9 @@ def test_importing_the_package_costs_neither_transformers_nor_jax():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert output.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("messages", [5, "hello", [], {"role": "user"}])
+def test_what_is_no_list_of_messages_is_refused(messages):
+    with pytest.raises(ValueError, match="a chat needs a list of at least one message"):
+        render(messages)

@@ -15,7 +15,7 @@ from valora_jax.engine.adapters import EngineAdapters
 from valora_jax.engine.answer import Answer, PromptScores
 from valora_jax.engine.image_cache import ImageCache
 from valora_jax.engine.outputs import RequestMetrics
-from valora_jax.engine.request import FinishReason, Phase, Request
+from valora_jax.engine.request import FinishReason, Request
 from valora_jax.engine.runner import InFlight, Runner
 from valora_jax.engine.scheduler import Plan, Scheduler
 from valora_jax.media.tokenizer import Tokenizer
@@ -180,8 +180,6 @@ class EngineCore:
     def _finish(self, job: Job, reason: FinishReason) -> None:
         request = job.request
         self.scheduler.finish(request, reason)
-        assert request.phase is Phase.FINISHED
-        self.images.release(request)
         if self.adapters and request.adapter is not None:
             self.adapters.let_go(request.adapter)
         del self._jobs[request]

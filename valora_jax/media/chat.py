@@ -43,7 +43,7 @@ def render_chat(
     Raises:
       ValueError: a message has the wrong shape (its index is named), or the template refuses.
     """
-    if not messages or isinstance(messages, str | Mapping):
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError("a chat needs a list of at least one message")
     images: list[ImageSource] = []
     conversation = [_normalize(i, message, images) for i, message in enumerate(messages)]

@@ -17,6 +17,9 @@ from valora_jax.config import EngineConfig
 from valora_jax.engine.engine import Engine
 from valora_jax.engine.sampling_params import SamplingParams
 
+# Bounds the key-value pages: several contestants are in memory at once.
+MAX_REQUEST_TOKENS = 1024
+
 
 class Side:
     """Answers commands; every command is a method."""
@@ -24,7 +27,11 @@ class Side:
     engine: Engine
 
     def load(self, *, model: str, dtype: str, adapters: dict[str, str]) -> dict:
-        self.engine = Engine(model, EngineConfig(dtype=dtype), show_progress=False)
+        self.engine = Engine(
+            model,
+            EngineConfig(dtype=dtype, max_request_tokens=MAX_REQUEST_TOKENS),
+            show_progress=False,
+        )
         for name, folder in adapters.items():
             self.engine.load_adapter(name, folder)
         packages = ("valora-jax", "jax", "jaxlib", "flax")

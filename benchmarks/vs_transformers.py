@@ -36,11 +36,10 @@ BENCHES = {  # name: (requests, the adapters they take in turn)
 # How transformers may batch the 16 requests; the quickest in the warm-up is measured.
 HF_BATCHING = (
     {"batch": 16, "mixed": True},
-    {"batch": 8, "mixed": True},
     {"batch": 4, "mixed": False},
 )
-# Waiting threads sleep instead of spinning: torch's two threads lose up to ten times their speed to
-# any other process on the machine otherwise, and it costs nothing measurable on an idle one.
+# Waiting threads sleep instead of spinning: torch's threads lose up to ten times their speed to any
+# other process on the machine otherwise.
 HF_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",
     "HF_HUB_OFFLINE": "1",

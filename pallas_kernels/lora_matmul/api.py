@@ -11,6 +11,7 @@ E output width, P pages, L layers, S adapter slots.
 from typing import Literal
 
 import jax
+import numpy as np
 
 from pallas_kernels.lora_matmul import xla
 from pallas_kernels.lora_matmul.layout import ActivePages, LoraPool
@@ -61,5 +62,5 @@ def lora_matmul(
         raise ValueError(f"layer={layer} is not in [0, {layers})")
     match implementation:
         case "xla":
-            return xla.lora_matmul(y_TE, x_TD, pool, active, adapter_T, layer=layer)
+            return xla.lora_matmul(y_TE, x_TD, pool, active, adapter_T, np.int32(layer))
     raise ValueError(f"unknown implementation {implementation!r}; known: 'xla'")

@@ -11,7 +11,10 @@ import jax.numpy as jnp
 from pallas_kernels.lora_matmul.layout import PAGE_RANKS
 
 
-def lora_matmul(y_TE, x_TD, pool, active, adapter_T, *, layer: int):
+# Under a jit of its own, with the layer as an operand, a step of many layers traces and lowers this
+# once a shape; XLA inlines it again.
+@jax.jit
+def lora_matmul(y_TE, x_TD, pool, active, adapter_T, layer):
     """See `api.lora_matmul`, which has checked the shapes."""
     layers = pool.scale_LS.shape[0]
     layer_row = layer * (pool.a_RD.shape[0] // layers)

@@ -9,6 +9,7 @@ their pages first (`write_kv`), so attention reads pages only.
 from typing import Literal
 
 import jax
+import numpy as np
 
 from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.layout import Chunks, Decodes, KVPages
@@ -35,11 +36,7 @@ def write_kv(
       offset_T: `[T]` int32 place within the page, in `[0, p)`.
       layer_page: row of the layer's page 0.
     """
-    rows_T = page_T + layer_page
-    return KVPages(
-        k_PKpH=kv.k_PKpH.at[rows_T, :, offset_T].set(k_TKH.astype(kv.k_PKpH.dtype)),
-        v_PKpH=kv.v_PKpH.at[rows_T, :, offset_T].set(v_TKH.astype(kv.v_PKpH.dtype)),
-    )
+    return xla.write_kv(kv, k_TKH, v_TKH, page_T, offset_T, np.int32(layer_page))
 
 
 def paged_attention(
@@ -78,5 +75,5 @@ def paged_attention(
         raise ValueError(f"{decodes.kv_len_D.shape[0]} decode rows exceed T={T} tokens")
     match implementation:
         case "xla":
-            return xla.paged_attention(q_TNH, kv, decodes, chunks, layer_page=layer_page)
+            return xla.paged_attention(q_TNH, kv, decodes, chunks, np.int32(layer_page))
     raise ValueError(f"unknown implementation {implementation!r}; known: 'xla'")

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.paged_attention.layout import KVPages
+
 BLOCK_Q = 64
 TILE_TOKENS = 64  # keys a loop step: one page, or several small ones
 MASKED = -1e30  # finite, so that a row with every key masked stays finite
@@ -50,7 +52,20 @@ class _Softmax(NamedTuple):
         return self.out / jnp.maximum(self.total, 1e-30)[..., None]
 
 
-def paged_attention(q_TNH, kv, decodes, chunks, *, layer_page: int):
+# Under jits of their own, with the layer as an operand, a step of many layers traces and lowers
+# these once; XLA inlines them again.
+@jax.jit
+def write_kv(kv, k_TKH, v_TKH, page_T, offset_T, layer_page):
+    """See `api.write_kv`."""
+    rows_T = page_T + layer_page
+    return KVPages(
+        k_PKpH=kv.k_PKpH.at[rows_T, :, offset_T].set(k_TKH.astype(kv.k_PKpH.dtype)),
+        v_PKpH=kv.v_PKpH.at[rows_T, :, offset_T].set(v_TKH.astype(kv.v_PKpH.dtype)),
+    )
+
+
+@jax.jit
+def paged_attention(q_TNH, kv, decodes, chunks, layer_page):
     """See `api.paged_attention`, which has checked the shapes."""
     (T, N, H), K, D = q_TNH.shape, kv.k_PKpH.shape[1], decodes.kv_len_D.shape[0]
     q_TKGH = (q_TNH * H**-0.5).astype(q_TNH.dtype).reshape(T, K, N // K, H)
@@ -78,7 +93,7 @@ def _padded(page_BW, tile: int):
     return jnp.pad(page_BW, ((0, 0), (0, -page_BW.shape[1] % tile)))
 
 
-def _attend_decodes(q_DKGH, kv, decodes, layer_page: int):
+def _attend_decodes(q_DKGH, kv, decodes, layer_page):
     (D, K, G, H), tile = q_DKGH.shape, _tile_pages(kv)
     tile_tokens = tile * kv.k_PKpH.shape[2]
     page_DW = _padded(decodes.page_DW, tile)
@@ -98,7 +113,7 @@ def _attend_decodes(q_DKGH, kv, decodes, layer_page: int):
     return softmax.result().astype(q_DKGH.dtype)
 
 
-def _attend_chunks(q_TKGH, kv, chunks, layer_page: int):
+def _attend_chunks(q_TKGH, kv, chunks, layer_page):
     (T, K, G, H), tile = q_TKGH.shape, _tile_pages(kv)
     tile_tokens, block = tile * kv.k_PKpH.shape[2], min(BLOCK_Q, T)
     page_CW = _padded(chunks.page_CW, tile)

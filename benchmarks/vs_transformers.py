@@ -1,16 +1,17 @@
 """Throughput and latency against transformers + PEFT, on the same CPU, in alternation.
 
 Run it as `.venv/bin/python -m benchmarks.vs_transformers`. Each contestant is one side in one
-dtype, in a process of its own; all take their turns in every round, on images that no cache has
+variant, in a process of its own; all take their turns in every round, on images that no cache has
 seen, and the median counts. In float32 both sides must give the same greedy tokens.
 """
 
 import contextlib
 import dataclasses
+import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from benchmarks.workload import Request, make_round
 from valora_jax.demo import ensure_demo_checkpoint
 from valora_jax.demo.random_adapter import write_random_adapter
 
+SIDES = ("valora_jax", "transformers")
 RANKS = {"rank8a": 8, "rank8b": 8, "rank16": 16, "rank64": 64}
 NEW_TOKENS = 32
 REQUESTS = 16
@@ -38,13 +40,10 @@ HF_BATCHING = (
     {"batch": 16, "mixed": True},
     {"batch": 4, "mixed": False},
 )
-# Waiting threads sleep instead of spinning: torch's threads lose up to ten times their speed to any
-# other process on the machine otherwise.
-HF_ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "passive",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+# How torch's threads wait for each other, both measured: spinning, OpenMP's default, is up to 1.5
+# times as fast on an idle machine, and many times slower where another process takes a core.
+HF_WAITING = {"spin": {}, "sleep": {"OMP_WAIT_POLICY": "passive"}}
+HF_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,14 +65,26 @@ class Config:
 
 @dataclasses.dataclass(kw_only=True, slots=True, eq=False)
 class Contestant:
-    """One side in one dtype; `answers` and `options` are by bench."""
+    """One side in one variant.
+
+    Attributes:
+      side: "valora_jax" or "transformers".
+      waiting: a key of `HF_WAITING`; None on our side.
+      versions: of the side's packages.
+      options: by bench, how requests are batched.
+      answers: by bench, one a round.
+    """
 
     side: str
     dtype: str
+    waiting: str | None = None
     child: Child
     versions: dict[str, str]
     options: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     answers: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.side, self.dtype, self.waiting)))
 
     def run(self, bench: str, requests: Sequence[Request]) -> dict[str, Any]:
         return self.child.ask(
@@ -102,6 +113,9 @@ class Contestant:
     def median(self, bench: str, field: str = "seconds") -> float:
         return statistics.median(answer[field] for answer in self.answers[bench])
 
+    def best(self, bench: str) -> float:
+        return min(answer["seconds"] for answer in self.answers[bench])
+
 
 def main(config: Config) -> None:
     console = Console()
@@ -115,11 +129,13 @@ def main(config: Config) -> None:
             name: str(write_random_adapter(folder / name, model=model, rank=rank, seed=i))
             for i, (name, rank) in enumerate(RANKS.items())
         }
-        contestants = [
-            start(side, dtype, model, adapters, config, stack=s, folder=folder)
-            for side, dtypes in (("valora_jax", config.dtypes), ("transformers", config.hf_dtypes))
-            for dtype in dtypes
-        ]
+        variants = [("valora_jax", dtype, None) for dtype in config.dtypes]
+        variants += [("transformers", d, w) for d in config.hf_dtypes for w in HF_WAITING]
+        contestants = []
+        for side, dtype, waiting in variants:
+            log = folder / f"{side}-{dtype}-{waiting}.log"
+            child = s.enter_context(start(side, waiting, config, log=log))
+            contestants.append(load(child, side, dtype, waiting, model=model, adapters=adapters))
         compete(contestants, model=model, folder=folder, rounds=config.rounds, console=console)
     records = [record(c, bench, model.name) for bench in BENCHES for c in contestants]
     path = results_file("vs_transformers")
@@ -128,30 +144,32 @@ def main(config: Config) -> None:
     console.print(f"{device()}; figures in {path}")
 
 
-def start(
+def start(side: str, waiting: str | None, config: Config, *, log: Path) -> Child:
+    """Starts the process of a side."""
+    if waiting is None:
+        return Child([sys.executable, "-m", "benchmarks.valora_side"], log=log)
+    # Not resolved: an environment's interpreter is a link, and the link says which environment.
+    python = config.hf_python.absolute() if config.hf_python else ensure_hf_python()
+    script = Path(__file__).parent / "hf_side.py"
+    environment = HF_ENVIRONMENT | HF_WAITING[waiting]
+    return Child([str(python), str(script)], log=log, environment=environment)
+
+
+def load(
+    child: Child,
     side: str,
     dtype: str,
+    waiting: str | None,
+    *,
     model: Path,
     adapters: Mapping[str, str],
-    config: Config,
-    *,
-    stack: contextlib.ExitStack,
-    folder: Path,
 ) -> Contestant:
-    """Starts a contestant's process and loads the model and the adapters in it."""
-    log = folder / f"{side}-{dtype}.log"
-    if side == "valora_jax":
-        command, extra = [sys.executable, "-m", "benchmarks.valora_side"], {}
-        child = stack.enter_context(Child(command, log=log))
-    else:
-        python, script = (
-            config.hf_python or ensure_hf_python(),
-            Path(__file__).parent / "hf_side.py",
-        )
-        child = Child([str(python), str(script)], log=log, environment=HF_ENVIRONMENT)
-        child, extra = stack.enter_context(child), {"threads": cores()}
-    answer = child.ask("load", model=str(model), dtype=dtype, adapters=dict(adapters), **extra)
-    return Contestant(side=side, dtype=dtype, child=child, versions=answer["versions"])
+    """Loads the model and the adapters in a side's process."""
+    threads = {} if waiting is None else {"threads": cores()}
+    answer = child.ask("load", model=str(model), dtype=dtype, adapters=dict(adapters), **threads)
+    return Contestant(
+        side=side, dtype=dtype, waiting=waiting, child=child, versions=answer["versions"]
+    )
 
 
 def compete(
@@ -166,14 +184,14 @@ def compete(
 
     warm_up = {bench: [make(0, bench), make(1, bench)] for bench in BENCHES}
     for contestant in contestants:
-        with console.status(f"warming up {contestant.side} in {contestant.dtype}"):
+        with console.status(f"warming up {contestant}"):
             contestant.warm_up(warm_up)
     for index in range(rounds):
         for bench in BENCHES:
             requests = make(2 + index, bench)
             order = contestants if index % 2 == 0 else contestants[::-1]
             for c in order:
-                with console.status(f"round {index + 1} of {rounds}: {bench}, {c.side} {c.dtype}"):
+                with console.status(f"round {index + 1} of {rounds}: {bench}, {c}"):
                     c.measure(bench, requests)
 
 
@@ -186,6 +204,7 @@ def record(contestant: Contestant, bench: str, model: str) -> dict[str, Any]:
         "model": model,
         "side": contestant.side,
         "dtype": contestant.dtype,
+        "waiting": contestant.waiting,
         "requests": count,
         "adapters": {name: RANKS[name] for name in adapters if name is not None},
         "new_tokens": NEW_TOKENS,
@@ -196,6 +215,7 @@ def record(contestant: Contestant, bench: str, model: str) -> dict[str, Any]:
         "rounds_s": [answer["seconds"] for answer in contestant.answers[bench]],
         "options": contestant.options[bench],
         "device": device(),
+        "load_average": os.getloadavg()[-1],
         "versions": contestant.versions,
         "command": " ".join(["python", "-m", "benchmarks.vs_transformers", *sys.argv[1:]]),
     }
@@ -213,29 +233,37 @@ def equal_fraction(ours: Sequence[Mapping], theirs: Sequence[Mapping]) -> float:
 
 
 def report(contestants: Sequence[Contestant], *, console: Console) -> None:
-    """Prints a table of medians and the ratios of each side's best."""
-    table = Table("bench", "side", "dtype", "seconds", "first token", "CPU s", "tokens/s")
+    """Prints medians, the ratios of each side's quickest, and the share of equal tokens."""
+    table = Table("bench", "contestant", "seconds", "best", "first token", "CPU s", "tokens/s")
     for bench, (count, _) in BENCHES.items():
         for c in contestants:
-            values = [c.median(bench, f) for f in ("seconds", "first_token_s", "cpu_s")]
+            values = [c.median(bench), c.best(bench)]
+            values += [c.median(bench, field) for field in ("first_token_s", "cpu_s")]
             speed = count * NEW_TOKENS / values[0]
-            table.add_row(bench, c.side, c.dtype, *(f"{v:.2f}" for v in values), f"{speed:.1f}")
+            table.add_row(bench, str(c), *(f"{v:.2f}" for v in values), f"{speed:.1f}")
         table.add_section()
     console.print(table)
-    sides = {
-        side: [c for c in contestants if c.side == side] for side in ("valora_jax", "transformers")
-    }
-    for bench, (count, _) in BENCHES.items():
-        ours, theirs = (min(c.median(bench) for c in side) for side in sides.values())
-        if count > 1:
-            console.print(f"{bench}: {theirs / ours:.2f}x theirs (higher is better)")
-        else:
-            console.print(f"{bench}: {ours / theirs:.2f}x theirs (lower is better)")
+    for bench in BENCHES:
+        console.print(
+            f"{bench}: {ratio(contestants, bench, Contestant.median)} by medians, "
+            f"{ratio(contestants, bench, Contestant.best)} by best rounds"
+        )
     in_float32 = [c for c in contestants if c.dtype == "float32"]
-    if len(in_float32) == 2:
+    ours, theirs = (next((c for c in in_float32 if c.side == side), None) for side in SIDES)
+    if ours and theirs:
         for bench in BENCHES:
-            share = equal_fraction(*(c.answers[bench] for c in in_float32))
+            share = equal_fraction(ours.answers[bench], theirs.answers[bench])
             console.print(f"{bench}: {share:.1%} of the greedy tokens are equal in float32")
+
+
+def ratio(
+    contestants: Sequence[Contestant], bench: str, seconds: Callable[[Contestant, str], float]
+) -> str:
+    """Our quickest contestant beside theirs, in words."""
+    ours, theirs = (min(seconds(c, bench) for c in contestants if c.side == side) for side in SIDES)
+    if BENCHES[bench][0] > 1:
+        return f"{theirs / ours:.2f}x their throughput"
+    return f"{ours / theirs:.2f}x their latency"
 
 
 if __name__ == "__main__":

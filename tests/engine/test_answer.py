@@ -8,8 +8,8 @@ import pytest
 from tests.engine.engines import GOLDENS
 from valora_jax.engine.answer import Answer, PromptScores
 from valora_jax.engine.outputs import Logprob
-from valora_jax.engine.sampler import MAX_LOGPROBS, Sampled
-from valora_jax.engine.sampling_params import SamplingParams
+from valora_jax.engine.sampler import Sampled
+from valora_jax.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from valora_jax.media.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.from_folder(GOLDENS / "checkpoints" / "llava15-tiny")

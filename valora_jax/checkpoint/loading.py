@@ -9,9 +9,9 @@ from jax.typing import DTypeLike
 
 from valora_jax.checkpoint.arrays import read_arrays, read_infos
 from valora_jax.checkpoint.folder import WEIGHTS, read_manifest
-from valora_jax.checkpoint.progress import byte_bar
 from valora_jax.errors import CheckpointError
 from valora_jax.models.build import with_weights
+from valora_jax.models.progress import byte_bar
 from valora_jax.models.spec import Model, ModelSpec
 from valora_jax.models.weight_map import Entry, is_finite
 from valora_jax.tensorfiles import TensorInfo

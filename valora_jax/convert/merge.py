@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 
 from valora_jax.checkpoint.folder import is_orbax
-from valora_jax.checkpoint.progress import byte_bar
 from valora_jax.convert.folders import copy_side_files, new_folder
 from valora_jax.convert.layouts import written_like
 from valora_jax.convert.models import MAX_SHARD_BYTES
@@ -26,6 +25,7 @@ from valora_jax.lora.combine import Kind, combine, with_base
 from valora_jax.lora.read import read_adapter
 from valora_jax.models import ModelSpec, read_spec
 from valora_jax.models.loading import read_config
+from valora_jax.models.progress import byte_bar
 from valora_jax.models.weight_map import is_finite, mismatches, resolve
 from valora_jax.tensorfiles import Checkpoint, open_checkpoint
 

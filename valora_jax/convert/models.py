@@ -16,12 +16,12 @@ import numpy as np
 from valora_jax.checkpoint.arrays import read_arrays, read_infos
 from valora_jax.checkpoint.folder import WEIGHTS, Manifest, read_manifest, write_orbax
 from valora_jax.checkpoint.loading import faults, stored_entries
-from valora_jax.checkpoint.progress import byte_bar
 from valora_jax.convert.folders import copy_side_files, new_folder
 from valora_jax.convert.shards import ShardWriter
 from valora_jax.errors import CheckpointError
 from valora_jax.models import read_spec
 from valora_jax.models.loading import load_weights, read_config
+from valora_jax.models.progress import byte_bar
 from valora_jax.tensorfiles import open_checkpoint
 
 MAX_SHARD_BYTES = 5_000_000_000

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-MAX_LOGPROBS = 20
+from valora_jax.engine.sampling_params import MAX_LOGPROBS
+
 MAX_BANNED = 16
 _NEVER = -jnp.inf
 

@@ -6,7 +6,6 @@ checked for NaN and put on the device, in the order of the shards: beside the fi
 host holds the shard that is open and one parameter.
 """
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,10 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 from numpy.typing import DTypeLike
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from valora_jax.errors import CheckpointError
+from valora_jax.models.progress import byte_bar
 from valora_jax.models.weight_map import Entry, is_finite, mismatches, resolve
 from valora_jax.tensorfiles import Checkpoint, TensorInfo, open_checkpoint
 
@@ -80,7 +78,7 @@ def load_weights(
     weights: dict[str, jax.Array] = {}
     problems: list[str] = []
     total_bytes = sum(infos[name].size_bytes for entry in entries for name in entry.hf)
-    with _progress_bar(total_bytes, shown=progress) as advance:
+    with byte_bar("loading weights", total_bytes, shown=progress) as advance:
         for entry, parts in _read(checkpoint, entries):
             with np.errstate(over="ignore", invalid="ignore"):  # reported by name below
                 array = entry.join(parts, np.dtype(dtype or parts[0].dtype))
@@ -164,12 +162,3 @@ def _not_finite(entry: Entry, parts: Sequence[np.ndarray], dtype: np.dtype) -> l
     if blamed:
         return [f"{name}: holds NaN or infinity" for name in blamed]
     return [f"{' or '.join(entry.hf)}: holds numbers too large for {dtype}"]
-
-
-@contextlib.contextmanager
-def _progress_bar(total_bytes: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar by bytes; yields the function that moves it on."""
-    columns = ("loading weights", BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task("loading weights", total=total_bytes)
-        yield lambda size_bytes: bar.advance(task, size_bytes)

@@ -43,8 +43,9 @@ def _spans(columns, widths, E: int, tile: MergeTile) -> Iterator[_Span]:
         done = column + width
 
 
-def _update(a_RD, b_RE, scale_LS, page_SW, pages_S, layer_slot, row_d, column_e, *, tile):
+def _update(pool, layer_slot, row_d, column_e, *, tile):
     """`[d, e]` float32, of one block of one part; `column_e` counts from the part's first."""
+    a_RD, b_RE, scale_LS, page_SW, pages_S = pool
     layer, slot = layer_slot[0], layer_slot[1]
     pages = pages_S[slot]
     layer_page = layer * (a_RD.shape[0] // PAGE_RANKS // scale_LS.shape[0])
@@ -95,7 +96,7 @@ def _body(layer_slot, _, base_DE, *refs, spans, tile):
         out_de = plgpu.load(base_DE.at[rows, columns], mask=inside_de, other=0)
         if span.part is not None:
             pool = pool_refs[5 * span.part : 5 * span.part + 5]
-            update_de = _update(*pool, layer_slot, row_d, column_e, tile=tile)
+            update_de = _update(pool, layer_slot, row_d, column_e, tile=tile)
             out_de = (out_de.astype(jnp.float32) + update_de).astype(out_de.dtype)
         plgpu.store(out_DE.at[rows, columns], out_de, mask=inside_de)
 

@@ -1,0 +1,149 @@
+"""Shapes of the blocks in which the "triton" kernels of the LoRA operator work."""
+
+import dataclasses
+import math
+
+SHARED_MEMORY_BYTES = 227 * 1024  # a program's on Hopper
+
+# Streaming multiprocessors by the name of the device; an unknown one gets an H100's number, which
+# is never wrong: programs loop over the work, whatever their number.
+_MULTIPROCESSORS = {"A100": 108, "H100 PCIe": 114, "H100": 132, "H200": 132, "B200": 148}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ShrinkTile:
+    """How `x @ A^T` is cut.
+
+    Attributes:
+      block_k: input columns of one step.
+      block_ranks: ranks of one work item.
+      splits: into how many ranges the input columns are cut; their sums are added up in the
+        expand, in order.
+      warps: of 32 threads, a program.
+      stages: steps whose loads are in flight.
+      programs: launched at most; each loops over work items.
+    """
+
+    block_k: int
+    block_ranks: int
+    splits: int
+    warps: int
+    stages: int
+    programs: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ExpandTile:
+    """How `h @ B` is cut: output columns of an item, ranks of a step; see `ShrinkTile`."""
+
+    block_columns: int
+    block_ranks: int
+    warps: int
+    stages: int
+    programs: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LoraTile:
+    """Both kernels' cuts; `block_rows` is the height of a row tile in either."""
+
+    block_rows: int
+    shrink: ShrinkTile
+    expand: ExpandTile
+
+
+def block_rows(rows: int) -> int:
+    """Returns a good height of row tiles for a step of so many rows."""
+    if rows <= 64:  # decodes: a few rows of each of many adapters
+        return 16
+    # 64 rows are the least that Hopper's own matmul instruction takes.
+    return 32 if rows < 256 else 64
+
+
+def lora_tile(*, rows: int, width: int, columns: int, device: str | None = None) -> LoraTile:
+    """Returns a good tile for a shape, from what bounds it: latency, then bytes, then matmuls.
+
+    Args:
+      rows: T, at least 1.
+      width: D.
+      columns: E, of all linears that share the input.
+      device: `jax.Device.device_kind`; an H100 when None or unknown.
+    """
+    kinds = (count for name, count in _MULTIPROCESSORS.items() if name in (device or ""))
+    programs = 2 * next(kinds, _MULTIPROCESSORS["H100"])
+    height = block_rows(rows)
+    block_k, stages = {16: (256, 2), 32: (128, 3), 64: (64, 4)}[height]
+    block_k = max(16, min(block_k, power_of_two(width)))
+    # Enough work items for every program if each tile is full, and two steps or more in an item
+    # unless they are few anyway. Decodes seldom fill a tile; 16 is where their sums begin to cost.
+    full_tiles = math.ceil(rows / height)
+    splits = min(max(1, programs // full_tiles), 16, math.ceil(width / block_k))
+    return LoraTile(
+        block_rows=height,
+        shrink=ShrinkTile(
+            block_k=block_k,
+            block_ranks=64,
+            splits=splits,
+            warps=4,
+            stages=stages,
+            programs=programs,
+        ),
+        expand=ExpandTile(
+            block_columns=max(16, min(128, power_of_two(columns))),
+            block_ranks=64,
+            warps=4,
+            stages=2,
+            programs=2 * programs,
+        ),
+    )
+
+
+def refusals(tile: LoraTile, *, itemsize: int) -> list[str]:
+    """Returns the rules that a tile breaks, with its values; none for a legal one.
+
+    Args:
+      tile: any values.
+      itemsize: bytes of an element of x and y.
+    """
+    shrink, expand = tile.shrink, tile.expand
+    blocks = dict(
+        block_rows=tile.block_rows,
+        block_k=shrink.block_k,
+        shrink_block_ranks=shrink.block_ranks,
+        block_columns=expand.block_columns,
+        expand_block_ranks=expand.block_ranks,
+    )
+    found = [
+        f"{name}={size} is not a power of two of at least 16"
+        for name, size in blocks.items()
+        if size < 16 or size != power_of_two(size)
+    ]
+    counts = dict(splits=shrink.splits)
+    for kernel, cut in (("shrink", shrink), ("expand", expand)):
+        if cut.warps not in (1, 2, 4, 8, 16):
+            found.append(f"{kernel} warps={cut.warps} is not 1, 2, 4, 8 or 16")
+        counts |= {f"{kernel} stages": cut.stages, f"{kernel} programs": cut.programs}
+    found += [f"{name}={count} is not at least 1" for name, count in counts.items() if count < 1]
+    for name, needed in shared_memory_bytes(tile, itemsize=itemsize).items():
+        if needed > SHARED_MEMORY_BYTES:
+            found.append(
+                f"{name} needs about {needed} bytes of shared memory, "
+                f"a program has {SHARED_MEMORY_BYTES}"
+            )
+    return found
+
+
+def shared_memory_bytes(tile: LoraTile, *, itemsize: int) -> dict[str, int]:
+    """Estimates each kernel's shared memory: operands in flight, or the result on its way out."""
+    shrink, expand, rows = tile.shrink, tile.expand, tile.block_rows
+    operands = (rows + shrink.block_ranks) * shrink.block_k * itemsize * shrink.stages
+    ranks_in = (rows + expand.block_columns * expand.stages) * expand.block_ranks * itemsize
+    return {
+        "shrink": max(operands, rows * shrink.block_ranks * 4),
+        "expand": max(ranks_in, rows * expand.block_columns * 4),
+    }
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is not below n."""
+    return 1 << max(0, n - 1).bit_length()

@@ -1,6 +1,13 @@
-"""Paged attention in NumPy, float64, one request and one head at a time."""
+"""Rotary and paged attention in NumPy, float64, one request and one head at a time."""
 
 import numpy as np
+
+
+def rotate(x_TNH, angle_Th) -> np.ndarray:
+    """Turns the halves of each head by the token's angles."""
+    sin_T1h, cos_T1h = (f(np.float64(angle_Th))[:, None] for f in (np.sin, np.cos))
+    low, high = np.split(np.float64(x_TNH), 2, axis=-1)
+    return np.concatenate([low * cos_T1h - high * sin_T1h, high * cos_T1h + low * sin_T1h], axis=-1)
 
 
 def attend(q_TNH, k_SKH, v_SKH) -> np.ndarray:

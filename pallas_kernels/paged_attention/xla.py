@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention.layout import KVPages
+from pallas_kernels.paged_attention.rotary import rotate
 
 BLOCK_Q = 64
 TILE_TOKENS = 64  # keys a loop step: one page, or several small ones
@@ -52,21 +53,25 @@ class _Softmax(NamedTuple):
         return self.out / jnp.maximum(self.total, 1e-30)[..., None]
 
 
-# Under jits of their own, with the layer as an operand, a step of many layers traces and lowers
-# these once; XLA inlines them again.
+# Under a jit of its own, with the layer as an operand, a step of many layers traces and lowers this
+# once; XLA inlines it again.
 @jax.jit
-def write_kv(kv, k_TKH, v_TKH, page_T, offset_T, layer_page):
-    """See `api.write_kv`."""
+def attend(qkv_TE, angle_Th, kv, page_T, offset_T, decodes, chunks, layer_page):
+    """See `api.attend`, which has checked the shapes."""
+    (T, E), (_, K, _, H) = qkv_TE.shape, kv.k_PKpH.shape
+    heads = qkv_TE.reshape(T, E // H, H)
+    q_TNH, k_TKH, v_TKH = jnp.split(heads, (E // H - 2 * K, E // H - K), axis=1)
+    q_TNH, k_TKH = rotate(q_TNH, angle_Th), rotate(k_TKH, angle_Th)
     rows_T = page_T + layer_page
-    return KVPages(
+    kv = KVPages(
         k_PKpH=kv.k_PKpH.at[rows_T, :, offset_T].set(k_TKH.astype(kv.k_PKpH.dtype)),
         v_PKpH=kv.v_PKpH.at[rows_T, :, offset_T].set(v_TKH.astype(kv.v_PKpH.dtype)),
     )
+    return _attend(q_TNH, kv, decodes, chunks, layer_page), kv
 
 
-@jax.jit
-def paged_attention(q_TNH, kv, decodes, chunks, layer_page):
-    """See `api.paged_attention`, which has checked the shapes."""
+def _attend(q_TNH, kv, decodes, chunks, layer_page):
+    """Attends pages that hold the step's own keys already."""
     (T, N, H), K, D = q_TNH.shape, kv.k_PKpH.shape[1], decodes.kv_len_D.shape[0]
     q_TKGH = (q_TNH * H**-0.5).astype(q_TNH.dtype).reshape(T, K, N // K, H)
     decoded_DKGH = _attend_decodes(q_TKGH[:D], kv, decodes, layer_page)

@@ -7,19 +7,13 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from pallas_kernels.paged_attention import (
-    Chunks,
-    Decodes,
-    KVPages,
-    paged_attention,
-    write_kv,
-)
+from pallas_kernels.paged_attention import Chunks, Decodes, KVPages, attend
 from pallas_kernels.paged_attention import Implementation as Kernel
 from valora_jax.layers.linear import Linear
-from valora_jax.layers.rotary import rotate
 from valora_jax.lora.batch import LoraBatch
 
 
@@ -52,27 +46,20 @@ class KVCursor:
         self._kernel: Kernel = kernel
         self._pages = kv.k_PKpH.shape[0] // layers
 
-    def attend(
-        self, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, *, layer: int
-    ) -> jax.Array:
-        """Writes the step's keys and values, then attends; returns `[T, N, H]`."""
-        layer_page = layer * self._pages
-        self.kv = write_kv(
+    def attend(self, qkv_TE: jax.Array, angle_Th: jax.Array, *, layer: int) -> jax.Array:
+        """Turns queries and keys, writes keys and values, attends; returns `[T, N, H]`."""
+        out_TNH, self.kv = attend(
+            qkv_TE,
+            angle_Th,
             self.kv,
-            k_TKH,
-            v_TKH,
             page_T=self._batch.page_T,
             offset_T=self._batch.offset_T,
-            layer_page=layer_page,
-        )
-        return paged_attention(
-            q_TNH,
-            self.kv,
             decodes=self._batch.decodes,
             chunks=self._batch.chunks,
-            layer_page=layer_page,
+            layer_page=layer * self._pages,
             implementation=self._kernel,
         )
+        return out_TNH
 
 
 class Attention(nnx.Module):
@@ -89,7 +76,7 @@ class Attention(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.head_width, self.layer = head_width, layer
+        self.layer = layer
         q, kv = heads * head_width, kv_heads * head_width
         sites = ("decoder.q", "decoder.k", "decoder.v")
         linear = functools.partial(Linear, layer=layer, dtype=dtype, rngs=rngs)
@@ -99,10 +86,8 @@ class Attention(nnx.Module):
     def __call__(
         self, x_TD: jax.Array, angle_Th: jax.Array, *, cursor: KVCursor, lora: LoraBatch | None
     ) -> jax.Array:
-        T = x_TD.shape[0]
-        parts = self.qkv(x_TD, lora)
-        q_TNH, k_TKH, v_TKH = (part.reshape(T, -1, self.head_width) for part in parts)
-        q_TNH, k_TKH = rotate(q_TNH, angle_Th), rotate(k_TKH, angle_Th)
-        out_TNH = cursor.attend(q_TNH, k_TKH, v_TKH, layer=self.layer)
-        (out_TD,) = self.out(out_TNH.reshape(T, -1), lora)
+        # The parts of one product: XLA drops the split and this together.
+        qkv_TE = jnp.concatenate(self.qkv(x_TD, lora), axis=-1)
+        out_TNH = cursor.attend(qkv_TE, angle_Th, layer=self.layer)
+        (out_TD,) = self.out(out_TNH.reshape(x_TD.shape[0], -1), lora)
         return out_TD

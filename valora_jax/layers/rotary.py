@@ -1,6 +1,6 @@
-"""Rotary positions in two halves: component i turns with component i + H / 2.
+"""Angles of rotary positions, by which `pallas_kernels.paged_attention` turns queries and keys.
 
-T tokens, N heads, H head width, h = H / 2.
+T tokens, H head width, h = H / 2.
 """
 
 import jax
@@ -11,11 +11,3 @@ def rotary_angles(position_T: jax.Array, *, head_width: int, theta: float) -> ja
     """Returns the `[T, h]` float32 angles of each token's position."""
     frequency_h = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
     return position_T.astype(jnp.float32)[:, None] * frequency_h
-
-
-def rotate(x_TNH: jax.Array, angle_Th: jax.Array) -> jax.Array:
-    """Turns each head's halves by the token's angles, in float32; keeps the dtype."""
-    sin_T1h, cos_T1h = jnp.sin(angle_Th)[:, None], jnp.cos(angle_Th)[:, None]
-    low, high = jnp.split(x_TNH.astype(jnp.float32), 2, axis=-1)
-    turned = [low * cos_T1h - high * sin_T1h, high * cos_T1h + low * sin_T1h]
-    return jnp.concatenate(turned, axis=-1).astype(x_TNH.dtype)

@@ -1,0 +1,15 @@
+"""Rotary positions in two halves: component i turns with component i + H / 2.
+
+T tokens, N heads, H head width, h = H / 2.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def rotate(x_TNH: jax.Array, angle_Th: jax.Array) -> jax.Array:
+    """Turns each head's halves by the token's angles, in float32; keeps the dtype."""
+    sin_T1h, cos_T1h = jnp.sin(angle_Th)[:, None], jnp.cos(angle_Th)[:, None]
+    low, high = jnp.split(x_TNH.astype(jnp.float32), 2, axis=-1)
+    turned = [low * cos_T1h - high * sin_T1h, high * cos_T1h + low * sin_T1h]
+    return jnp.concatenate(turned, axis=-1).astype(x_TNH.dtype)

@@ -70,30 +70,29 @@ def lora_tile(*, rows: int, width: int, columns: int, device: str | None = None)
       device: `jax.Device.device_kind`; an H100 when None or unknown.
     """
     kinds = (count for name, count in _MULTIPROCESSORS.items() if name in (device or ""))
-    programs = 2 * next(kinds, _MULTIPROCESSORS["H100"])
+    multiprocessors = next(kinds, _MULTIPROCESSORS["H100"])
     height = block_rows(rows)
-    block_k, stages = {16: (256, 2), 32: (128, 3), 64: (64, 4)}[height]
-    block_k = max(16, min(block_k, power_of_two(width)))
-    # Enough work items for every program if each tile is full, and two steps or more in an item
-    # unless they are few anyway. Decodes seldom fill a tile; 16 is where their sums begin to cost.
-    full_tiles = math.ceil(rows / height)
-    splits = min(max(1, programs // full_tiles), 16, math.ceil(width / block_k))
+    decode = ShrinkTile(
+        block_k=256, block_ranks=32, splits=8, warps=4, stages=3, programs=2 * multiprocessors
+    )
+    shrink, expand_columns = {
+        16: (decode, 128),
+        32: (dataclasses.replace(decode, block_k=128), 128),
+        64: (dataclasses.replace(decode, block_k=64, block_ranks=64, splits=4, stages=4), 256),
+    }[height]
+    block_k = max(16, min(shrink.block_k, power_of_two(width)))
+    # Each program of the expand reads all sums of its rows again, so no more splits than it takes
+    # to give every multiprocessor an item; the rows of decodes are too few to matter.
+    splits = min(max(1, multiprocessors // math.ceil(rows / height)), shrink.splits)
     return LoraTile(
         block_rows=height,
-        shrink=ShrinkTile(
-            block_k=block_k,
-            block_ranks=64,
-            splits=splits,
-            warps=4,
-            stages=stages,
-            programs=programs,
-        ),
+        shrink=dataclasses.replace(shrink, block_k=block_k, splits=splits),
         expand=ExpandTile(
-            block_columns=max(16, min(128, power_of_two(columns))),
+            block_columns=max(16, min(expand_columns, power_of_two(columns))),
             block_ranks=64,
-            warps=4,
-            stages=2,
-            programs=2 * programs,
+            warps=8 if height == 64 else 4,
+            stages=1 if height == 64 else 2,
+            programs=4 * multiprocessors,
         ),
     )
 
@@ -134,13 +133,14 @@ def refusals(tile: LoraTile, *, itemsize: int) -> list[str]:
 
 
 def shared_memory_bytes(tile: LoraTile, *, itemsize: int) -> dict[str, int]:
-    """Estimates each kernel's shared memory: operands in flight, or the result on its way out."""
+    """Estimates each kernel's shared memory, from above: operands in flight, or the result."""
     shrink, expand, rows = tile.shrink, tile.expand, tile.block_rows
     operands = (rows + shrink.block_ranks) * shrink.block_k * itemsize * shrink.stages
-    ranks_in = (rows + expand.block_columns * expand.stages) * expand.block_ranks * itemsize
+    sums = rows * expand.block_ranks * 4 * shrink.splits
+    weights = expand.block_ranks * expand.block_columns * itemsize
     return {
         "shrink": max(operands, rows * shrink.block_ranks * 4),
-        "expand": max(ranks_in, rows * expand.block_columns * 4),
+        "expand": max((sums + weights) * expand.stages, rows * expand.block_columns * 4),
     }
 
 

@@ -1,5 +1,7 @@
 """The LoRA kernels for NVIDIA GPUs, interpreted, against the NumPy reference."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +17,10 @@ LAYER = 1
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
 # y is rounded to bf16 once, and h once: a few units of 8 significant bits.
 BFLOAT16 = {"rtol": 2**-5, "atol": 2**-5}
-TOLERANCES = {jnp.float32: FLOAT32, jnp.bfloat16: BFLOAT16}
+FLOAT16 = {"rtol": 2**-8, "atol": 2**-8}  # the same with 11 bits
+TOLERANCES = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
 
-# The fewest programs that share work unevenly, several steps of each loop, both kinds of splits.
+# Few programs that share work unevenly, several steps of each loop, splits of one and two steps.
 TILE = LoraTile(
     block_rows=16,
     shrink=ShrinkTile(block_k=16, block_ranks=32, splits=2, warps=4, stages=2, programs=2),
@@ -76,7 +79,7 @@ def check(parts, x_TD, y_TE, adapters, *, merged=-1, tile: LoraTile | None = TIL
         y_TE, x_TD, parts, adapter_T=adapters, merged=merged, layer=LAYER
     )
     assert got_TE.dtype == y_TE.dtype
-    np.testing.assert_allclose(np.float32(got_TE), want_TE, **TOLERANCES[x_TD.dtype.type])
+    np.testing.assert_allclose(np.float32(got_TE), want_TE, **TOLERANCES[x_TD.dtype.name])
     return got_TE
 
 
@@ -91,3 +94,81 @@ def test_every_row_gets_its_own_adapter(adapters, pages_of, merged, dtype):
         make_part(of_second, width=40, columns=16, column=24, dtype=dtype),
     ]
     check(parts, x_TD, y_TE, adapters, merged=merged)
+
+
+def make_linear(dtype=jnp.float32, pool_dtype=None):
+    """Seven rows of three adapters, one linear 40 -> 24 in the middle of 40 columns."""
+    adapters = [0, 0, 1, -1, 2, 2, 2]
+    part = make_part(
+        {0: [5], 1: [1, 7, 6, 3], 2: [4, 2]},
+        width=40,
+        columns=24,
+        column=8,
+        dtype=pool_dtype or dtype,
+    )
+    return [part], *make_rows(len(adapters), 40, 40, dtype), adapters
+
+
+def test_rows_and_columns_of_nobody_keep_their_bits():
+    parts, x_TD, y_TE, adapters = make_linear(jnp.bfloat16)
+    got_TE = np.asarray(check(parts, x_TD, y_TE, adapters))
+    changed_TE = got_TE != np.asarray(y_TE)
+    assert changed_TE[:, 8:32].any(axis=1).tolist() == [a >= 0 for a in adapters]
+    assert not changed_TE[:, :8].any()
+    assert not changed_TE[:, 32:].any()
+
+
+def test_weights_are_cast_to_the_dtype_of_the_rows():
+    check(*make_linear(jnp.bfloat16, pool_dtype=jnp.float32))
+
+
+def test_float16_is_taken():
+    check(*make_linear(jnp.float16))
+
+
+@pytest.mark.parametrize(
+    "shrink",
+    [
+        dict(splits=1),
+        dict(splits=3),
+        dict(splits=9),  # more than there are steps
+        dict(block_k=64),  # wider than the input
+        dict(block_ranks=16),
+        dict(block_ranks=64),
+        dict(programs=1),
+        dict(programs=1000),
+    ],
+    ids=str,
+)
+def test_any_cut_gives_the_same(shrink):
+    tile = dataclasses.replace(TILE, shrink=dataclasses.replace(TILE.shrink, **shrink))
+    check(*make_linear(), tile=tile)
+
+
+def test_the_expand_may_take_more_ranks_at_once_than_the_shrink():
+    expand = dataclasses.replace(TILE.expand, block_ranks=64, block_columns=32, programs=5)
+    check(*make_linear(), tile=dataclasses.replace(TILE, expand=expand))
+
+
+@pytest.mark.parametrize("height", [1, 3, 16])
+def test_row_tiles_may_be_lower_than_the_default_tile(height):
+    check(*make_linear(), tile=None, height=height)
+
+
+def test_dtypes_that_the_kernels_do_not_take_name_the_way_out():
+    parts, x_TD, y_TE, adapters = make_linear()
+    for x, y in ((x_TD.astype(jnp.bfloat16), y_TE), (x_TD.astype(int), y_TE.astype(int))):
+        with pytest.raises(NotImplementedError, match='cast them or use implementation="xla"'):
+            check(parts, x, y, adapters)
+
+
+@pytest.mark.parametrize(
+    ("tile", "message"),
+    [
+        (TILE, r"row tiles of 32 rows exceed the kernels' 16: make them with RowTiles\.of"),
+        (dataclasses.replace(TILE, block_rows=48), "block_rows=48 is not a power of two"),
+    ],
+)
+def test_tiles_that_do_not_fit_are_refused(tile, message):
+    with pytest.raises(ValueError, match=message):
+        check(*make_linear(), tile=tile, height=32)

@@ -23,6 +23,7 @@ from pallas_kernels.paged_attention.triton_rows import (
     Softmax,
     Tokens,
     dot,
+    over_steps,
     whole,
 )
 
@@ -202,9 +203,9 @@ def _attend_pages(q_RH, pages: Pages, position, token_R, tokens, tile: ChunkTile
     """Attends rows at `position + token_R` to everything up to themselves."""
     end = position + tokens
 
-    def add(step, softmax, *, masked: bool):
-        start = step * tile.step_tokens
-        k_SH, v_SH = pages.load(start, tile.step_tokens, q_RH.dtype, end=end if masked else None)
+    def add(start, page, softmax, *, masked: bool):
+        end_or_none = end if masked else None
+        k_SH, v_SH = pages.load(page, start, tile.step_tokens, q_RH.dtype, end=end_or_none)
         scores_RS = dot(q_RH, k_SH, trans_b=True) * pages.heads.score_scale
         if masked:
             key_RS = start + jax.lax.broadcasted_iota(jnp.int32, scores_RS.shape, 1)
@@ -216,5 +217,7 @@ def _attend_pages(q_RH, pages: Pages, position, token_R, tokens, tile: ChunkTile
     open_steps = jnp.maximum(jax.lax.div(position + 1, tile.step_tokens), 0)
     steps = jax.lax.div(end + tile.step_tokens - 1, tile.step_tokens)
     softmax = Softmax.empty(tile.rows, pages.heads.width)
-    softmax = jax.lax.fori_loop(0, open_steps, functools.partial(add, masked=False), softmax)
-    return jax.lax.fori_loop(open_steps, steps, functools.partial(add, masked=True), softmax)
+    for first, last, masked in ((0, open_steps, False), (open_steps, steps, True)):
+        add_step = functools.partial(add, masked=masked)
+        softmax = over_steps(first, last, tile.step_tokens, pages, add_step, softmax)
+    return softmax

@@ -23,6 +23,7 @@ from pallas_kernels.paged_attention.triton_rows import (
     Softmax,
     Tokens,
     dot,
+    over_steps,
     whole,
 )
 
@@ -159,11 +160,10 @@ def _attend_split(softmax, q_RH, pages: Pages, kv_len, split, tile: DecodeTile) 
     steps = jax.lax.div(kv_len + tile.step_tokens - 1, tile.step_tokens)
     first, last = (jax.lax.div(steps * (split + i), tile.splits) for i in (0, 1))
 
-    def add(step, softmax):
-        start = step * tile.step_tokens
-        k_SH, v_SH = pages.load(start, tile.step_tokens, q_RH.dtype, end=kv_len)
+    def add(start, page, softmax):
+        k_SH, v_SH = pages.load(page, start, tile.step_tokens, q_RH.dtype, end=kv_len)
         scores_RS = dot(q_RH, k_SH, trans_b=True) * pages.heads.score_scale
         position_RS = start + jax.lax.broadcasted_iota(jnp.int32, scores_RS.shape, 1)
         return softmax.add(jnp.where(position_RS < kv_len, scores_RS, MASKED), v_SH)
 
-    return jax.lax.fori_loop(first, last, add, softmax)
+    return over_steps(first, last, tile.step_tokens, pages, add, softmax)

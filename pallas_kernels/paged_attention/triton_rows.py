@@ -100,19 +100,21 @@ class Pages(NamedTuple):
         p, K = self.heads.page_tokens, self.heads.kv
         return ((self.page + page) * K + self.head) * p + (position & (p - 1))
 
-    def rows(self, first: jax.Array, count: int) -> jax.Array:
-        """Rows `[S, 1]` of `count` tokens from `first`, a multiple of `count`."""
-        p, W = self.heads.page_tokens, self.page_BW.shape[1]
-        position_S = first + jnp.arange(count)
-        if p >= count:  # one page, so that a tile is one address and constants
-            page = self.page_BW[self.request, jax.lax.div(first, p)]
-        else:
-            page = self.page_BW[self.request, jnp.minimum(jax.lax.div(position_S, p), W - 1)]
-        return self.row(page, position_S)[:, None]
+    def ids(self, first: jax.Array, count: int) -> jax.Array:
+        """Page ids of `count` tokens from `first`, a multiple of `count`: one, or one a token.
 
-    def load(self, first: jax.Array, count: int, dtype, *, end: jax.Array | None):
-        """Keys and values `[S, H]` of `count` tokens; zeros from `end` on, which is not read."""
-        row_S1 = self.rows(first, count)
+        Those of a step past the request's last are any page's.
+        """
+        p, W = self.heads.page_tokens, self.page_BW.shape[1]
+        position = first if p >= count else first + jnp.arange(count)
+        return self.page_BW[self.request, jnp.minimum(jax.lax.div(position, p), W - 1)]
+
+    def load(self, page: jax.Array, first: jax.Array, count: int, dtype, *, end: jax.Array | None):
+        """Keys and values `[S, H]` of `count` tokens on the pages `ids` gave.
+
+        Places from `end` on are not read, and come out as zeros.
+        """
+        row_S1 = self.row(page, first + jnp.arange(count))[:, None]
         i_SH = jax.lax.broadcasted_iota(jnp.int32, (count, self.heads.width), 1)
         mask, other = None, None
         if end is not None:
@@ -122,6 +124,22 @@ class Pages(NamedTuple):
             plgpu.load(ref.at[row_S1, i_SH], mask=mask, other=other).astype(dtype)
             for ref in (self.k_RH, self.v_RH)
         )
+
+
+def over_steps(first, last, tokens: int, pages: Pages, add, softmax: "Softmax") -> "Softmax":
+    """Folds steps `first ... last` of `tokens` keys: `softmax = add(start, page ids, softmax)`.
+
+    The next step's page ids are carried, not loaded where they are used: Triton pipelines loads
+    whose address waits for another load only half as deep.
+    """
+
+    def body(step, carry):
+        page, softmax = carry
+        start = step * tokens
+        return pages.ids(start + tokens, tokens), add(start, page, softmax)
+
+    carry = pages.ids(first * tokens, tokens), softmax
+    return jax.lax.fori_loop(first, last, body, carry)[1]
 
 
 class Softmax(NamedTuple):

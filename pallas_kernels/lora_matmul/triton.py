@@ -31,6 +31,9 @@ from pallas_kernels.lora_matmul.tiles import (
     refusals,
 )
 
+# Of one adapter in one linear; who loads adapters refuses higher ranks. A slot has room for as many
+# pages as the pool, the partial sums only for this: one adapter that is added, one subtracted.
+MAX_RANK = 256
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
@@ -99,33 +102,35 @@ def _check(x_TD: jax.Array, y_TE: jax.Array, tiles: RowTiles, tile: LoraTile) ->
 
 def _rank_lists(pools: tuple[LoraPool, ...], tiles: RowTiles, *, block_pages: int) -> _RankLists:
     """Joins the pages of each tile's branches; the same in all layers."""
-    most = 2 * max(pool.page_SW.shape[1] for pool in pools)
-    q_Q = jnp.arange(pl.cdiv(most, block_pages) * block_pages)
+    # All parts at once: these are launches of their own, once a step.
+    most = min(MAX_RANK // PAGE_RANKS, max(pool.page_SW.shape[1] for pool in pools))
+    pages_NS = jnp.stack([jnp.minimum(pool.pages_S, most) for pool in pools])
+    page_NSW = jnp.stack([_cut_or_padded(pool.page_SW, most) for pool in pools])
+    q_Q = jnp.arange(pl.cdiv(2 * most, block_pages) * block_pages)
     in_use_M = jnp.arange(tiles.first_M.shape[0]) < tiles.count
-    slot_M, minus_slot_M = (
-        jnp.where(in_use_M, slot_M, -1) for slot_M in (tiles.plus_M, tiles.minus_M)
-    )
-    page, pages, plus = [], [], []
-    for pool in pools:
-        plus_M, minus_M = _pages_of(pool, slot_M), _pages_of(pool, minus_slot_M)
-        of_plus_MQ = q_Q < plus_M[:, None]
-        slot_MQ = jnp.where(of_plus_MQ, slot_M[:, None], minus_slot_M[:, None])
-        q_MQ = jnp.where(of_plus_MQ, q_Q, q_Q - plus_M[:, None])
-        page.append(pool.page_SW.at[slot_MQ, q_MQ].get(mode="clip").reshape(-1))
-        pages.append(plus_M + minus_M)
-        plus.append(plus_M)
-    pages_J = jnp.concatenate(pages)
+
+    def pages_of(slot_M):
+        pages_NM = pages_NS.at[:, slot_M].get(mode="clip")
+        return jnp.where(in_use_M & (slot_M >= 0), pages_NM, 0)
+
+    plus_NM, minus_NM = pages_of(tiles.plus_M), pages_of(tiles.minus_M)
+    plus_NMQ = jnp.broadcast_to(plus_NM[..., None], (*plus_NM.shape, q_Q.shape[0]))
+    of_plus_NMQ = q_Q < plus_NMQ
+    slot_NMQ = jnp.where(of_plus_NMQ, tiles.plus_M[:, None], tiles.minus_M[:, None])
+    at_NMQ = jnp.where(of_plus_NMQ, q_Q, q_Q - plus_NMQ)
+    part_NMQ = jnp.arange(len(pools))[:, None, None]
+    page_NMQ = page_NSW.at[part_NMQ, slot_NMQ, at_NMQ].get(mode="clip")
+    pages_NM = plus_NM + minus_NM
     return _RankLists(
-        page_F=jnp.concatenate(page),
-        pages_J=pages_J,
-        plus_J=jnp.concatenate(plus),
-        longest=jnp.max(pages_J),
+        page_F=page_NMQ.reshape(-1),
+        pages_J=pages_NM.reshape(-1),
+        plus_J=plus_NM.reshape(-1),
+        longest=jnp.max(pages_NM),
     )
 
 
-def _pages_of(pool: LoraPool, slot_M: jax.Array) -> jax.Array:
-    """How many pages each slot has: none for slot -1."""
-    return jnp.where(slot_M < 0, 0, pool.pages_S.at[slot_M].get(mode="clip"))
+def _cut_or_padded(page_SW: jax.Array, width: int) -> jax.Array:
+    return jnp.pad(page_SW[:, :width], ((0, 0), (0, max(0, width - page_SW.shape[1]))))
 
 
 def _shrink(x_TD, pools, tiles, lists, layer, *, tile) -> jax.Array:

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import lora_matmul as op
-from pallas_kernels.lora_matmul import tiles
+from pallas_kernels.lora_matmul import tiles, triton
 from tests.pallas_kernels.hopper import launches, lower_for_hopper
 
-LAYERS, PAGES, SLOTS, PAGES_OF_SLOT = 32, 256, 33, 16
+LAYERS, PAGES, SLOTS = 32, 256, 33
 LEGAL = tiles.lora_tile(rows=8, width=4096, columns=4096)
 
 # Input width, output widths of the linears that share it.
@@ -28,7 +28,7 @@ def pool_shapes(width: int, columns: int, dtype) -> op.LoraPool:
         a_RD=jax.ShapeDtypeStruct((rows, width), dtype),
         b_RE=jax.ShapeDtypeStruct((rows, columns), dtype),
         scale_LS=jax.ShapeDtypeStruct((LAYERS, SLOTS), jnp.float32),
-        page_SW=jax.ShapeDtypeStruct((SLOTS, PAGES_OF_SLOT), jnp.int32),
+        page_SW=jax.ShapeDtypeStruct((SLOTS, PAGES), jnp.int32),
         pages_S=jax.ShapeDtypeStruct((SLOTS,), jnp.int32),
     )
 
@@ -56,6 +56,11 @@ def lower(rows: int, width: int, widths: tuple[int, ...], *, dtype=jnp.bfloat16,
 @pytest.mark.parametrize(("width", "widths"), LINEARS.values(), ids=LINEARS.keys())
 def test_linears_that_share_an_input_are_two_launches(width, widths, rows):
     assert launches(lower(rows, width, widths)) == 2
+
+
+def test_partial_sums_have_room_for_two_adapters_of_the_highest_rank_and_no_more():
+    splits = LEGAL.shrink.splits
+    assert f"tensor<{splits * 8}x{2 * triton.MAX_RANK}xf32>" in lower(8, 4096, (4096,))
 
 
 def test_all_layers_share_one_lowering():
@@ -96,9 +101,9 @@ def test_programs_follow_the_device():
         (dict(splits=0), {}, "splits=0 is not at least 1"),
         ({}, dict(stages=0), "expand stages=0 is not at least 1"),
         (
-            dict(block_k=1024),
+            dict(block_k=2048),
             {},
-            "shrink needs about 294912 bytes of shared memory, a program has 232448",
+            "shrink needs about 393216 bytes of shared memory, a program has 232448",
         ),
     ],
 )

@@ -50,7 +50,8 @@ def _interpreted(monkeypatch):
 def make_part(pages_of, *, width: int, columns: int, column: int, dtype) -> op.Part:
     keys = jax.random.split(jax.random.key(columns), 3)
     rows = LAYERS * PAGES * op.PAGE_RANKS
-    page_SW = np.full((SLOTS, 4), 999)  # beyond a slot's pages, nothing is read
+    most = max(map(len, pages_of.values()), default=1)
+    page_SW = np.full((SLOTS, most), 999)  # beyond a slot's pages, nothing is read
     for slot, pages in pages_of.items():
         page_SW[slot, : len(pages)] = pages
     pool = op.LoraPool(

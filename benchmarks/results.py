@@ -28,9 +28,9 @@ def device() -> str:
     return f"{cpu_name()}, {cores()} cores"
 
 
-def results_file(bench: str) -> Path:
-    """The file of a benchmark on this machine; machines differ by processor and cores."""
-    machine = re.sub(r"[^a-z0-9]+", "-", device().lower()).strip("-")
+def results_file(bench: str, on: str | None = None) -> Path:
+    """The file of a benchmark on a device, by default on this CPU, of which the cores count."""
+    machine = re.sub(r"[^a-z0-9]+", "-", (on or device()).lower()).strip("-")
     return RESULTS / machine / f"{bench}.jsonl"
 
 

@@ -44,10 +44,11 @@ class Decodes:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Chunks:
-    """Chunks of prompts, in the order of the flat axis.
+    """Chunks of prompts, in the order of the flat axis: the first follows the last decode, each
+    other the one before it.
 
     Attributes:
-      start_C: `[C]` int32 first flat token of each chunk, ascending.
+      start_C: `[C]` int32 first flat token of each chunk.
       len_C: `[C]` int32 tokens in the chunk.
       kv_len_C: `[C]` int32 tokens of the request up to the chunk's end; its token i sits at
         position `kv_len - len + i` and attends to everything up to itself.

@@ -148,11 +148,12 @@ def _body(
 
 
 def _opened(q_RH, k_H, v_H, owner, heads: Heads) -> Softmax:
-    """The softmax after the new token, in the split that owns it; empty in others."""
+    """The softmax after the new token, in the split that owns it; as good as empty in others."""
     k_H, v_H = (x.astype(q_RH.dtype).astype(jnp.float32) for x in (k_H, v_H))
     scores_R = jnp.sum(q_RH.astype(jnp.float32) * k_H[None, :], axis=1) * heads.score_scale
-    one_R = jnp.where(owner, jnp.ones_like(scores_R), 0.0)
-    return Softmax(jnp.where(owner, scores_R, MASKED), one_R, one_R[:, None] * v_H[None, :])
+    # In other splits a score of MASKED leaves the value without weight, however few keys follow.
+    top_R = jnp.where(owner, scores_R, MASKED)
+    return Softmax(top_R, jnp.ones_like(scores_R), jnp.broadcast_to(v_H[None, :], q_RH.shape))
 
 
 def _attend_split(softmax, q_RH, pages: Pages, kv_len, split, tile: DecodeTile) -> Softmax:

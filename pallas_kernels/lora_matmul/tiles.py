@@ -75,10 +75,10 @@ def lora_tile(*, rows: int, width: int, columns: int, device: str | None = None)
     decode = ShrinkTile(
         block_k=256, block_ranks=32, splits=8, warps=4, stages=3, programs=2 * multiprocessors
     )
-    shrink, expand_columns = {
-        16: (decode, 128),
-        32: (dataclasses.replace(decode, block_k=128), 128),
-        64: (dataclasses.replace(decode, block_k=64, block_ranks=64, splits=4, stages=4), 256),
+    shrink = {
+        16: decode,
+        32: dataclasses.replace(decode, block_k=128),
+        64: dataclasses.replace(decode, block_k=64, block_ranks=64, splits=4, stages=4),
     }[height]
     block_k = max(16, min(shrink.block_k, power_of_two(width)))
     # Each program of the expand reads all sums of its rows again, so no more splits than it takes
@@ -88,8 +88,9 @@ def lora_tile(*, rows: int, width: int, columns: int, device: str | None = None)
         block_rows=height,
         shrink=dataclasses.replace(shrink, block_k=block_k, splits=splits),
         expand=ExpandTile(
-            block_columns=max(16, min(expand_columns, power_of_two(columns))),
+            block_columns=max(16, min(128, power_of_two(columns))),
             block_ranks=64,
+            # At 64 rows, 4 warps or 256 columns take so many registers that no second program fits.
             warps=8 if height == 64 else 4,
             stages=1 if height == 64 else 2,
             programs=4 * multiprocessors,
@@ -133,7 +134,7 @@ def refusals(tile: LoraTile, *, itemsize: int) -> list[str]:
 
 
 def shared_memory_bytes(tile: LoraTile, *, itemsize: int) -> dict[str, int]:
-    """Returns how much each kernel takes: operands in flight, or the result on its way out.
+    """Returns how much each kernel takes at most: operands in flight, or the result.
 
     As Triton did it in jax 0.11.2. Loads of tiles of 64 rows and more stay where they land until
     the matmul instruction has read them, so that each stage has a buffer; below that, the stage

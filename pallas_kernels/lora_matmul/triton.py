@@ -253,11 +253,12 @@ def _expand_body(
                 at_e = (block - first_block) * cut.block_columns + jnp.arange(cut.block_columns)
                 mask_te = in_tile_t[:, None] & (at_e < b_RE.shape[1])[None, :]
                 y_at = (row_t[:, None], (columns[i] + at_e)[None, :])
-                y_te = plgpu.load(y_TE.at[*y_at], mask=mask_te, other=0).astype(jnp.float32)
+                # Loaded first, for its latency; added last, in the layout in which it is stored.
+                y_te = plgpu.load(y_TE.at[*y_at], mask=mask_te, other=0)
                 plus_scale = _scale(scale_LS, layer, tiles.plus_M[m])
                 minus_scale = _scale(scale_LS, layer, tiles.minus_M[m])
 
-                def step(block_of_list, y_te):
+                def step(block_of_list, sum_te):
                     rank_r, page_r, in_list_r = _ranks(
                         lists, j, block_of_list, block_ranks=cut.block_ranks
                     )
@@ -274,11 +275,12 @@ def _expand_body(
                     row_r = (layer[...] * pages[i] + page_r) * PAGE_RANKS + rank_r % PAGE_RANKS
                     mask_re = in_list_r[:, None] & (at_e < b_RE.shape[1])[None, :]
                     b_re = plgpu.load(b_RE.at[row_r[:, None], at_e[None, :]], mask=mask_re, other=0)
-                    return y_te + _dot(h_tr, b_re.astype(h_tr.dtype), contract=(1, 0))
+                    return sum_te + _dot(h_tr, b_re.astype(h_tr.dtype), contract=(1, 0))
 
                 steps = pl.cdiv(lists.pages_J[j] * PAGE_RANKS, cut.block_ranks)
-                y_te = jax.lax.fori_loop(0, steps, step, y_te)
-                plgpu.store(out_TE.at[*y_at], y_te.astype(out_TE.dtype), mask=mask_te)
+                sum_te = jax.lax.fori_loop(0, steps, step, jnp.zeros(mask_te.shape, jnp.float32))
+                y_te = (y_te.astype(jnp.float32) + sum_te).astype(out_TE.dtype)
+                plgpu.store(out_TE.at[*y_at], y_te, mask=mask_te)
 
     _for_each_item(tiles.count[...] * blocks, multiply)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Kernels = Literal["auto", "triton", "xla"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,6 +15,8 @@ class EngineConfig:
     Attributes:
       dtype: of weights and arithmetic. "auto" is the checkpoint's 16-bit type on an accelerator; on
         a CPU float32, with prompts in bfloat16 if this CPU multiplies that faster.
+      kernels: implementation of LoRA and attention. "auto" is "triton" on an NVIDIA GPU and "xla"
+        elsewhere.
       max_requests: requests that run at once; more wait.
       max_waiting: requests in the queue; more are refused.
       max_tokens_per_step: prompt and decode tokens of one step. Longer prompts take several steps.
@@ -40,6 +43,7 @@ class EngineConfig:
     """
 
     dtype: Dtype = "auto"
+    kernels: Kernels = "auto"
     max_requests: int = 16
     max_waiting: int = 1024
     max_tokens_per_step: int = 512

@@ -1,6 +1,15 @@
-"""Adds the low-rank updates of many adapters, of different ranks, to one base product."""
+"""Adds the low-rank updates of many adapters, of different ranks, to base products."""
 
-from pallas_kernels.lora_matmul.api import Implementation, lora_matmul
-from pallas_kernels.lora_matmul.layout import PAGE_RANKS, ActivePages, LoraPool
+from pallas_kernels.lora_matmul.api import Implementation, Part, block_rows, lora_matmul
+from pallas_kernels.lora_matmul.layout import MAX_RANK, PAGE_RANKS, LoraPool, RowTiles
 
-__all__ = ["PAGE_RANKS", "ActivePages", "Implementation", "LoraPool", "lora_matmul"]
+__all__ = [
+    "MAX_RANK",
+    "PAGE_RANKS",
+    "Implementation",
+    "LoraPool",
+    "Part",
+    "RowTiles",
+    "block_rows",
+    "lora_matmul",
+]

@@ -223,21 +223,9 @@ def _expand(y_TE, h_UC, pools, tiles, lists, layer, *, columns, tile) -> jax.Arr
 
 
 def _expand_body(
-    y_TE,
-    layer,
-    tiles,
-    lists,
-    h_UC,
-    scale_refs,
-    b_refs,
-    out_TE,
-    *,
-    columns,
-    pages,
-    block_rows,
-    cut: ExpandTile,
+    y_TE, layer, tiles, lists, h_UC, scale_refs, b_refs, out_TE, *, columns, pages, block_rows, cut
 ):
-    T, M = y_TE.shape[0], tiles.first_M.shape[0]
+    M = tiles.first_M.shape[0]
     blocks_of_part = [pl.cdiv(b_RE.shape[1], cut.block_columns) for b_RE in b_refs]
     blocks = sum(blocks_of_part)
 
@@ -255,34 +243,43 @@ def _expand_body(
                 y_at = (row_t[:, None], (columns[i] + at_e)[None, :])
                 # Loaded first, for its latency; added last, in the layout in which it is stored.
                 y_te = plgpu.load(y_TE.at[*y_at], mask=mask_te, other=0)
-                plus_scale = _scale(scale_LS, layer, tiles.plus_M[m])
-                minus_scale = _scale(scale_LS, layer, tiles.minus_M[m])
 
-                def step(block_of_list, sum_te):
-                    rank_r, page_r, in_list_r = _ranks(
-                        lists, j, block_of_list, block_ranks=cut.block_ranks
-                    )
-                    of_plus_r = rank_r < lists.plus_J[j] * PAGE_RANKS
-                    scale_r = jnp.where(of_plus_r, plus_scale, -minus_scale)
+                def multiply_ranks(k, sum_te):
+                    rank_r, page_r, in_list_r = _ranks(lists, j, k, block_ranks=cut.block_ranks)
                     mask_tr = in_tile_t[:, None] & in_list_r[None, :]
-                    at_r = (i * lists.most_ranks + rank_r)[None, :]
-                    h_tr = jnp.zeros(mask_tr.shape, jnp.float32)
-                    # Unrolled, so that all loads are in flight; added up in order.
-                    for split in range(h_UC.shape[0] // T):
-                        at_t = (split * T + row_t)[:, None]
-                        h_tr += plgpu.load(h_UC.at[at_t, at_r], mask=mask_tr, other=0)
-                    h_tr = (h_tr * scale_r[None, :]).astype(y_TE.dtype)
+                    at_r = i * lists.most_ranks + rank_r
+                    h_tr = _sum_of_splits(h_UC, row_t, at_r, mask_tr, T=y_TE.shape[0])
+                    scale_r = _scales(scale_LS, tiles, lists, layer, rank_r, m=m, j=j)
+                    h_tr = (h_tr * scale_r[None, :]).astype(y_te.dtype)
                     row_r = (layer[...] * pages[i] + page_r) * PAGE_RANKS + rank_r % PAGE_RANKS
                     mask_re = in_list_r[:, None] & (at_e < b_RE.shape[1])[None, :]
                     b_re = plgpu.load(b_RE.at[row_r[:, None], at_e[None, :]], mask=mask_re, other=0)
                     return sum_te + _dot(h_tr, b_re.astype(h_tr.dtype), contract=(1, 0))
 
                 steps = pl.cdiv(lists.pages_J[j] * PAGE_RANKS, cut.block_ranks)
-                sum_te = jax.lax.fori_loop(0, steps, step, jnp.zeros(mask_te.shape, jnp.float32))
+                zeros_te = jnp.zeros(mask_te.shape, jnp.float32)
+                sum_te = jax.lax.fori_loop(0, steps, multiply_ranks, zeros_te)
                 y_te = (y_te.astype(jnp.float32) + sum_te).astype(out_TE.dtype)
                 plgpu.store(out_TE.at[*y_at], y_te, mask=mask_te)
 
     _for_each_item(tiles.count[...] * blocks, multiply)
+
+
+def _sum_of_splits(h_UC, row_t, at_r, mask_tr, *, T: int) -> jax.Array:
+    """The partial sums of T rows each, added up in order: `[t, r]` float32."""
+    h_tr = jnp.zeros(mask_tr.shape, jnp.float32)
+    for split in range(h_UC.shape[0] // T):  # unrolled, so that all loads are in flight
+        at_t = split * T + row_t
+        h_tr += plgpu.load(h_UC.at[at_t[:, None], at_r[None, :]], mask=mask_tr, other=0)
+    return h_tr
+
+
+def _scales(scale_LS, tiles, lists, layer, rank_r, *, m, j) -> jax.Array:
+    """Of each rank of list j, which is tile m's: its adapter's, negative if that is subtracted."""
+    plus, minus = (
+        scale_LS[layer[...], jnp.maximum(slot, 0)] for slot in (tiles.plus_M[m], tiles.minus_M[m])
+    )
+    return jnp.where(rank_r < lists.plus_J[j] * PAGE_RANKS, plus, -minus)
 
 
 def _for_each_item(items, do) -> None:
@@ -309,10 +306,6 @@ def _ranks(lists, j, block, *, block_ranks: int):
         lists.page_F.at[j * (lists.most_ranks // PAGE_RANKS) + rank_r // PAGE_RANKS]
     )
     return rank_r, page_r, rank_r < lists.pages_J[j] * PAGE_RANKS
-
-
-def _scale(scale_LS, layer, slot):
-    return scale_LS[layer[...], jnp.maximum(slot, 0)]
 
 
 def _pages(pool: LoraPool) -> int:

@@ -13,7 +13,6 @@ BUCKETS = st.builds(
     chunks=st.sampled_from([0, 3]),
     rows=st.integers(1, 4),
 )
-ACTIVE = st.sampled_from([(), (2, 5)])
 
 
 def random_bits(fields: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
@@ -42,27 +41,22 @@ def check_round_trip(layout: BatchLayout, seed: int) -> None:
 
 
 @hypothesis.settings(max_examples=25)
-@hypothesis.given(bucket=BUCKETS, active=ACTIVE, seed=st.integers(0, 9))
-def test_a_steps_fields_come_out_of_the_buffer_as_they_went_in(bucket, active, seed):
-    layout = BatchLayout.of(bucket, request_pages=6, active=active)
+@hypothesis.given(bucket=BUCKETS, seed=st.integers(0, 9))
+def test_a_steps_fields_come_out_of_the_buffer_as_they_went_in(bucket, seed):
+    layout = BatchLayout.of(bucket, request_pages=6)
     check_round_trip(layout, seed)
     assert ("chunk_page" in layout.shapes) == bool(bucket.chunks)
-    assert layout.shapes.get("active", ()) == active
     assert layout.shapes["decode_page"] == (bucket.decodes, 6)
 
 
-@hypothesis.settings(max_examples=5)
-@hypothesis.given(active=ACTIVE)
-def test_so_do_those_of_scores_and_of_images(active):
-    check_round_trip(BatchLayout.of_scores(active=active), 1)
-    check_round_trip(BatchLayout.of_images(3, vision_tokens=5, active=active), 2)
-    assert BatchLayout.of_scores(active=active).shapes["target"] == (SCORE_ROWS,)
+def test_so_do_those_of_scores_and_of_images():
+    check_round_trip(BatchLayout.of_scores(), 1)
+    check_round_trip(BatchLayout.of_images(3, vision_tokens=5), 2)
+    assert BatchLayout.of_scores().shapes["target"] == (SCORE_ROWS,)
 
 
 def test_unpacking_is_traced_into_slices_without_a_gather():
-    layout = BatchLayout.of(
-        Bucket(tokens=4, decodes=2, chunks=3, rows=2), request_pages=2, active=(2, 4)
-    )
+    layout = BatchLayout.of(Bucket(tokens=4, decodes=2, chunks=3, rows=2), request_pages=2)
     packed, fields = layout.buffer()
     want = random_bits(fields, 0)
     got = jax.jit(layout.unpack)(packed)

@@ -147,7 +147,7 @@ class Machine:
         bucket = self.buckets.choose(
             decodes=len(plan.decodes), prompt_tokens=plan.tokens - len(plan.decodes)
         )
-        layout = BatchLayout.of(bucket, request_pages=PAGES - 1, active=())
+        layout = BatchLayout.of(bucket, request_pages=PAGES - 1)
         _, fields = layout.buffer()
         neutral(fields, vocab_rows=VOCABULARY, padding_row=REQUESTS)
         return fields, fill(fields, plan, self.sources)

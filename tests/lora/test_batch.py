@@ -1,28 +1,13 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.lora_matmul import ActivePages, LoraPool, reference
+from pallas_kernels.lora_matmul import LoraPool, Part, reference
 from valora_jax.layers.linear import Linear
-from valora_jax.lora.batch import FirstRows, LoraBatch
+from valora_jax.lora.batch import LoraBatch
 
 LAYERS, PAGES, SLOTS, D, E = 2, 4, 3, 24, 20
-ACTIVE = ActivePages(
-    page_P=jnp.array([2, 3, 0], jnp.int32),
-    owner_P=jnp.array([0, 2, 0], jnp.int32),
-    count=jnp.int32(2),
-)
-
-
-def only(slot: int) -> ActivePages:
-    """The page of one slot."""
-    page = ACTIVE.page_P[ACTIVE.owner_P == slot][:1]
-    return ActivePages(page_P=page, owner_P=jnp.array([slot], jnp.int32), count=jnp.int32(1))
-
-
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -33,21 +18,25 @@ def make_batch(adapter_T, *, biased: bool) -> LoraBatch:
         a_RD=jax.random.normal(keys[0], (rows, D)),
         b_RE=jax.random.normal(keys[1], (rows, E)),
         scale_LS=jax.random.uniform(keys[2], (LAYERS, SLOTS)),
+        page_SW=jnp.array([[2], [0], [3]], jnp.int32),
+        pages_S=jnp.array([1, 0, 1], jnp.int32),
     )
     bias_LSE = jax.random.normal(keys[3], (LAYERS, SLOTS, E))
-    return LoraBatch(
+    return LoraBatch.of(
+        jnp.array(adapter_T, jnp.int32),
         pools={"up": pool},
         biases_LSE={"up": bias_LSE} if biased else {},
-        active={"up": ACTIVE},
-        adapter_T=jnp.array(adapter_T, jnp.int32),
         implementation="xla",
     )
 
 
+def add(batch: LoraBatch, y_TE, x_TD, *, layer: int) -> jax.Array:
+    return batch.add(y_TE, x_TD, sites=("up",), columns=(0,), layer=layer)
+
+
 def expected(batch: LoraBatch, y_TE, x_TD, *, layer: int) -> np.ndarray:
-    out_TE = reference.lora_matmul(
-        y_TE, x_TD, batch.pools["up"], active=ACTIVE, adapter_T=batch.adapter_T, layer=layer
-    )
+    parts = [Part(pool=batch.pools["up"], column=0)]
+    out_TE = reference.lora_matmul(y_TE, x_TD, parts, adapter_T=batch.adapter_T, layer=layer)
     if "up" in batch.biases_LSE:
         for t, slot in enumerate(np.asarray(batch.adapter_T)):
             out_TE[t] += np.asarray(batch.biases_LSE["up"])[layer, slot] if slot >= 0 else 0
@@ -63,41 +52,27 @@ def test_rows_get_product_and_bias_of_their_slot():
     for biased in (False, True):
         batch, (x_TD, y_TE) = make_batch([2, -1, 0, 2], biased=biased), rows(4)
         for layer in range(LAYERS):
-            got_TE = batch.add(y_TE, x_TD, site="up", layer=layer)
+            got_TE = add(batch, y_TE, x_TD, layer=layer)
             np.testing.assert_allclose(got_TE, expected(batch, y_TE, x_TD, layer=layer), **FLOAT32)
 
 
 def test_rows_without_an_adapter_stay_as_they_are():
     batch, (x_TD, y_TE) = make_batch([-1, -1], biased=True), rows(2)
-    np.testing.assert_array_equal(batch.add(y_TE, x_TD, site="up", layer=1), y_TE)
+    np.testing.assert_array_equal(add(batch, y_TE, x_TD, layer=1), y_TE)
 
 
 def test_the_result_has_the_type_of_the_base_product():
     batch, (x_TD, y_TE) = make_batch([2, -1], biased=True), rows(2)
     x_TD, y_TE = x_TD.astype(jnp.bfloat16), y_TE.astype(jnp.bfloat16)
-    assert batch.add(y_TE, x_TD, site="up", layer=0).dtype == jnp.bfloat16
+    assert add(batch, y_TE, x_TD, layer=0).dtype == jnp.bfloat16
 
 
 def test_other_rows_take_the_same_adapters():
     batch, (x_SD, y_SE) = make_batch([2, -1, 0, 2], biased=True), rows(2)
     sampled = batch.at_rows(batch.adapter_T[jnp.array([3, 1])])
     assert sampled.pools is batch.pools
-    got_SE = sampled.add(y_SE, x_SD, site="up", layer=0)
+    got_SE = add(sampled, y_SE, x_SD, layer=0)
     np.testing.assert_allclose(got_SE, expected(sampled, y_SE, x_SD, layer=0), **FLOAT32)
-
-
-def test_first_rows_bring_their_adapters_apart_from_the_rest():
-    together, (x_TD, y_TE) = make_batch([2, -1, 0, 2], biased=True), rows(4)
-    apart = dataclasses.replace(
-        together,
-        active={"up": only(0)},
-        adapter_T=jnp.array([-1, -1, 0, -1], jnp.int32),
-        first=FirstRows(active={"up": only(2)}, adapter_F=jnp.array([2, -1], jnp.int32)),
-    )
-    want_TE = expected(together, y_TE, x_TD, layer=1)
-    want_TE[3] = y_TE[3]  # past the first rows, and of an adapter that is not active there
-    got_TE = apart.add(y_TE, x_TD, site="up", layer=1)
-    np.testing.assert_allclose(got_TE, want_TE, **FLOAT32)
 
 
 def test_a_linear_skips_the_sites_that_serve_no_adapters():

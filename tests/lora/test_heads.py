@@ -15,7 +15,7 @@ from valora_jax.lora.heads import (
     replaced_logits,
 )
 from valora_jax.lora.host_store import AdapterRef
-from valora_jax.lora.pool import pages_needed, unpack_active
+from valora_jax.lora.pool import pages_needed
 from valora_jax.lora.read import read_adapter
 from valora_jax.lora.residency import REPLACED_HEADS, Placement, Residency
 
@@ -53,9 +53,12 @@ def hidden(rows: int) -> np.ndarray:
 
 
 @jax.jit
-def step(logits_SV, hidden_SD, heads_DV, packed, adapter_S):
-    active = unpack_active(packed, PAGES)[REPLACED_HEADS]
-    return replaced_logits(logits_SV, hidden_SD, heads_DV, active=active, adapter_S=adapter_S)
+def step(logits_SV, hidden_SD, heads, adapter_S):
+    return replaced_logits(logits_SV, hidden_SD, heads, adapter_S=adapter_S)
+
+
+def head_pool(*, heads: int, dtype=jnp.float32) -> HeadPool:
+    return HeadPool(TARGET, heads=heads, slots=SLOTS, dtype=dtype)
 
 
 def load(pool: HeadPool, residency: Residency, adapter: Adapter) -> int:
@@ -68,13 +71,13 @@ def load(pool: HeadPool, residency: Residency, adapter: Adapter) -> int:
 
 
 def test_rows_with_a_replaced_head_get_its_logits_and_others_the_base_s():
-    pool, residency = HeadPool(TARGET, heads=2, dtype=jnp.float32), Residency(PAGES, slots=SLOTS)
+    pool, residency = head_pool(heads=2), Residency(PAGES, slots=SLOTS)
     adapters = [with_head("one", 5), golden("a09_lm_head_saved"), golden("a21_binfile")]
     slots = [load(pool, residency, adapter) for adapter in adapters]
     rows = [1, None, 0, 2, 1]
     adapter_S = np.array([-1 if i is None else slots[i] for i in rows], np.int32)
     base_SV, hidden_SD = np.ones((5, V), np.float32), hidden(5)
-    got_SV = step(base_SV, hidden_SD, pool.heads_DV, residency.active(adapter_S), adapter_S)
+    got_SV = step(base_SV, hidden_SD, pool.heads, adapter_S)
     for row, i in enumerate(rows):
         if i in (None, 2):
             want_V = base_SV[row]
@@ -84,18 +87,25 @@ def test_rows_with_a_replaced_head_get_its_logits_and_others_the_base_s():
 
 
 def test_where_no_row_has_a_replaced_head_the_base_is_untouched():
-    pool, residency = HeadPool(TARGET, heads=2, dtype=jnp.float32), Residency(PAGES, slots=SLOTS)
+    pool, residency = head_pool(heads=2), Residency(PAGES, slots=SLOTS)
     load(pool, residency, with_head("one", 5))
     base_SV, adapter_S = np.ones((2, V), np.float32), np.array([-1, -1], np.int32)
-    packed = residency.active(adapter_S)
-    np.testing.assert_array_equal(
-        step(base_SV, hidden(2), pool.heads_DV, packed, adapter_S), base_SV
-    )
-    np.testing.assert_array_equal(step(base_SV, hidden(2), (), packed, adapter_S), base_SV)
+    got_SV = step(base_SV, hidden(2), pool.heads, adapter_S)
+    np.testing.assert_array_equal(got_SV, base_SV)
+    none = head_pool(heads=0).heads
+    np.testing.assert_array_equal(step(base_SV, hidden(2), none, adapter_S), base_SV)
+
+
+def test_a_slot_keeps_no_head_of_its_last_adapter():
+    pool = head_pool(heads=1)
+    pool.upload(with_head("one", 5), Placement(slot=1, pages={REPLACED_HEADS: (1,)}, fresh=True))
+    pool.upload(golden("a21_binfile"), at(1))
+    base_SV, adapter_S = np.ones((1, V), np.float32), np.array([1], np.int32)
+    np.testing.assert_array_equal(step(base_SV, hidden(1), pool.heads, adapter_S), base_SV)
 
 
 def test_more_replaced_heads_than_fit_take_turns():
-    pool, residency = HeadPool(TARGET, heads=2, dtype=jnp.float32), Residency(PAGES, slots=SLOTS)
+    pool, residency = head_pool(heads=2), Residency(PAGES, slots=SLOTS)
     first, second, third = (with_head(f"h{i}", i) for i in range(3))
     for adapter in (first, second):
         load(pool, residency, adapter)
@@ -103,23 +113,21 @@ def test_more_replaced_heads_than_fit_take_turns():
     residency.release(AdapterRef(name="h0", version=1))
     slot = load(pool, residency, third)
     adapter_S, hidden_SD = np.array([slot], np.int32), hidden(1)
-    got_SV = step(
-        np.zeros((1, V), np.float32), hidden_SD, pool.heads_DV, residency.active([slot]), adapter_S
-    )
+    got_SV = step(np.zeros((1, V), np.float32), hidden_SD, pool.heads, adapter_S)
     want_SV = np.float64(hidden_SD) @ np.float64(third.replaced_head_VD).T
     np.testing.assert_allclose(got_SV, want_SV, **FLOAT32)
 
 
 def test_uploads_compile_nothing_after_warm_up_and_happen_in_place():
-    heads = HeadPool(TARGET, heads=2, dtype=jnp.bfloat16)
+    heads = head_pool(heads=2, dtype=jnp.bfloat16)
     tasks = TaskHeadPool(TARGET, slots=SLOTS, max_classes=8)
     heads.warm_up()
     tasks.warm_up()
-    jax.block_until_ready((heads.heads_DV, tasks.heads))
-    assert not any(leaf.any() for leaf in jax.tree.leaves((heads.heads_DV, tasks.heads)))
+    jax.block_until_ready((heads.heads, tasks.heads))
+    assert not any(leaf.any() for leaf in jax.tree.leaves((heads.heads, tasks.heads)))
 
     def pointers():
-        return [a.unsafe_buffer_pointer() for a in jax.tree.leaves((heads.heads_DV, tasks.heads))]
+        return [a.unsafe_buffer_pointer() for a in jax.tree.leaves((heads.heads, tasks.heads))]
 
     before = pointers()
     jax.config.update("jax_no_tracing", True)
@@ -134,16 +142,16 @@ def test_uploads_compile_nothing_after_warm_up_and_happen_in_place():
 
 
 def test_no_room_for_heads_takes_no_memory():
-    pool = HeadPool(TARGET, heads=0, dtype=jnp.float32)
+    pool = head_pool(heads=0)
     pool.warm_up()
     pool.upload(golden("a10_new_head"), at(0))  # brings no replaced head
-    assert pool.heads_DV == ()
-    assert head_bytes(TARGET, heads=0, dtype=jnp.float32) == 0
+    assert pool.heads.heads_DV == ()
 
 
 def test_bytes_of_heads():
-    pool = HeadPool(TARGET, heads=2, dtype=jnp.bfloat16)
-    assert head_bytes(TARGET, heads=2, dtype=jnp.bfloat16) == sum(a.nbytes for a in pool.heads_DV)
+    pool = head_pool(heads=2, dtype=jnp.bfloat16)
+    want = sum(leaf.nbytes for leaf in jax.tree.leaves(pool.heads))
+    assert head_bytes(TARGET, heads=2, slots=SLOTS, dtype=jnp.bfloat16) == want
 
 
 def test_each_row_is_classified_by_its_own_head():
@@ -183,8 +191,8 @@ def test_a_task_head_that_is_too_large_is_refused(max_classes, refused):
 
 
 def test_heads_are_rounded_once_to_the_type_of_the_pool():
-    pool, adapter = HeadPool(TARGET, heads=1, dtype=jnp.bfloat16), golden("a09_lm_head_saved")
+    pool, adapter = head_pool(heads=1, dtype=jnp.bfloat16), golden("a09_lm_head_saved")
     adapter = dataclasses.replace(adapter, replaced_head_VD=np.float32(adapter.replaced_head_VD))
     pool.upload(adapter, Placement(slot=0, pages={REPLACED_HEADS: (1,)}, fresh=True))
     want_VD = adapter.replaced_head_VD.astype(jnp.bfloat16)
-    np.testing.assert_array_equal(pool.heads_DV[0], want_VD.T)
+    np.testing.assert_array_equal(pool.heads.heads_DV[0], want_VD.T)

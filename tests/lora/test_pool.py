@@ -9,7 +9,7 @@ from tests.lora.llava_tiny import GOLDENS
 from valora_jax.lora.adapter import Adapter, LoraPair
 from valora_jax.lora.batch import LoraBatch
 from valora_jax.lora.host_store import AdapterRef
-from valora_jax.lora.pool import DevicePool, pages_needed, pool_bytes, unpack_active
+from valora_jax.lora.pool import DevicePool, pages_needed, pool_bytes
 from valora_jax.lora.read import read_adapter
 from valora_jax.lora.residency import REPLACED_HEADS, Placement, Residency
 from valora_jax.models import read_spec
@@ -59,29 +59,18 @@ class Device:
     def updates(self, x_of: dict[str, np.ndarray], adapter_T: list[int]) -> dict[str, jax.Array]:
         """Site -> what each row gets from its adapter, `[L, T, E]`, as a step computes it."""
         slot_T = np.array(adapter_T, np.int32)
-        packed = self.residency.active(slot_T)
-        return _step(self.pool.pools, self.pool.biases_LSE, packed, x_of, slot_T)
+        return _step(self.pool.pools, self.pool.biases_LSE, x_of, slot_T)
 
 
 @jax.jit
-def _step(pools, biases_LSE, packed, x_of, adapter_T):
-    lora = LoraBatch(
-        pools=pools,
-        biases_LSE=biases_LSE,
-        active=unpack_active(packed, PAGES),
-        adapter_T=adapter_T,
-        implementation="xla",
-    )
-    zeros_of = {s.name: jnp.zeros((len(adapter_T), s.out_width)) for s in TARGET.sites}
-    return {
-        s.name: jnp.stack(
-            [
-                lora.add(zeros_of[s.name], x_of[s.name], site=s.name, layer=i)
-                for i in range(s.layers)
-            ]
-        )
-        for s in TARGET.sites
-    }
+def _step(pools, biases_LSE, x_of, adapter_T):
+    lora = LoraBatch.of(adapter_T, pools=pools, biases_LSE=biases_LSE, implementation="xla")
+
+    def update(site, layer: int):
+        zeros_TE, x_TD = jnp.zeros((len(adapter_T), site.out_width)), x_of[site.name]
+        return lora.add(zeros_TE, x_TD, sites=(site.name,), columns=(0,), layer=layer)
+
+    return {s.name: jnp.stack([update(s, i) for i in range(s.layers)]) for s in TARGET.sites}
 
 
 def inputs(rows: int) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ A scheduler's gate: a request holds the place of its adapter while it runs. Also
 asks for the arrays of a step.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +78,7 @@ class EngineAdapters:
             dtype=dtype,
             biased_sites=_biased_sites(target),
         )
-        self._heads = HeadPool(target, heads=config.max_replaced_heads, dtype=dtype)
+        self._heads = HeadPool(target, heads=config.max_replaced_heads, slots=slots, dtype=dtype)
         self._task_heads = TaskHeadPool(target, slots=slots, max_classes=config.max_classes)
         self._slot_of: dict[Request, int] = {}
         self._failures: list[tuple[Request, Exception]] = []
@@ -92,7 +92,7 @@ class EngineAdapters:
         biased = _biased_sites(target)
         return (
             pool_bytes(target, pages_of_site=pages, slots=slots, dtype=dtype, biased_sites=biased)
-            + head_bytes(target, heads=config.max_replaced_heads, dtype=dtype)
+            + head_bytes(target, heads=config.max_replaced_heads, slots=slots, dtype=dtype)
             + slots * config.max_classes * (target.width + 1) * 4
         )
 
@@ -188,11 +188,8 @@ class EngineAdapters:
         return AdapterArrays(
             pools=self._pool.pools,
             biases_LSE=self._pool.biases_LSE,
-            heads_DV=self._heads.heads_DV,
+            heads=self._heads.heads,
         )
-
-    def active(self, slots: Sequence[int]) -> np.ndarray:
-        return self._residency.active(slots)
 
     @property
     def task_heads(self) -> TaskHeads:

@@ -37,11 +37,10 @@ class BatchLayout:
     shapes: Mapping[str, tuple[int, ...]]
 
     @classmethod
-    def of(cls, bucket: Bucket, *, request_pages: int, active: tuple[int, ...]) -> "BatchLayout":
+    def of(cls, bucket: Bucket, *, request_pages: int) -> "BatchLayout":
         """Args:
         bucket: the step's shape.
         request_pages: W, pages that the longest request takes.
-        active: shape of the list of active LoRA pages; empty for a step without adapters.
         """
         T, D, C, S, W = bucket.tokens, bucket.decodes, bucket.chunks, bucket.rows, request_pages
         per_token = ("token", "token_row", "position", "page", "offset", "feature_row", "adapter")
@@ -53,31 +52,17 @@ class BatchLayout:
         if C:
             shapes |= dict.fromkeys(("chunk_start", "chunk_len", "chunk_kv_len"), (C,))
             shapes |= {"chunk_page": (C, W), "chunk_count": ()}
-        if active:
-            shapes["active"] = active
-            shapes |= {"chunk_active": active} if C else {}
         return cls(shapes=shapes)
 
     @classmethod
-    def of_scores(cls, *, active: tuple[int, ...]) -> "BatchLayout":
+    def of_scores(cls) -> "BatchLayout":
         """A block of a step's tokens to score: each one's adapter, and the token that follows."""
-        shapes: dict[str, tuple[int, ...]] = {"adapter": (SCORE_ROWS,), "target": (SCORE_ROWS,)}
-        if active:
-            shapes["active"] = active
-        return cls(shapes=shapes)
+        return cls(shapes={"adapter": (SCORE_ROWS,), "target": (SCORE_ROWS,)})
 
     @classmethod
-    def of_images(
-        cls, images: int, *, vision_tokens: int, active: tuple[int, ...]
-    ) -> "BatchLayout":
+    def of_images(cls, images: int, *, vision_tokens: int) -> "BatchLayout":
         """Images to encode: the adapter of each row in the tower, and where their features go."""
-        shapes: dict[str, tuple[int, ...]] = {
-            "adapter": (images * vision_tokens,),
-            "first_row": (images,),
-        }
-        if active:
-            shapes["active"] = active
-        return cls(shapes=shapes)
+        return cls(shapes={"adapter": (images * vision_tokens,), "first_row": (images,)})
 
     @property
     def size(self) -> int:

@@ -6,7 +6,7 @@ Decides nothing. Calls enqueue work and return; `InFlight.read` waits for its re
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import jax
@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pallas_kernels.paged_attention import Implementation as Kernel
 from pallas_kernels.paged_attention import KVPages
 from valora_jax.config import EngineConfig
 from valora_jax.engine import step
 from valora_jax.engine.batch import SCORE_ROWS, BatchLayout
 from valora_jax.engine.buckets import Bucket, Buckets
-from valora_jax.engine.fill import Fields, Sources, fill, neutral
+from valora_jax.engine.fill import Sources, fill, neutral
 from valora_jax.engine.memory_plan import MemoryPlan
 from valora_jax.engine.precision import Precision, in_dtype
 from valora_jax.engine.request import Request
@@ -61,15 +62,8 @@ class InFlight:
 class Adapters(Protocol):
     """What steps need of adapters; see `engine.adapters`."""
 
-    @property
-    def pages_of_site(self) -> Mapping[str, int]: ...
-
     def arrays(self) -> step.AdapterArrays:
         """Their place on the device, as it is now."""
-        ...
-
-    def active(self, slots: Sequence[int]) -> np.ndarray:
-        """The pages in use by some slots; see `Residency.active`."""
         ...
 
     @property
@@ -97,6 +91,8 @@ class Runner:
             tokens_per_image=spec.tokens_per_image,
             decode_growth=4 if jax.default_backend() == "cpu" else 2,
         )
+        automatic: Kernel = "triton" if jax.default_backend() == "gpu" else "xla"
+        self._kernel: Kernel = automatic if config.kernels == "auto" else config.kernels
         self.traces = 0
         self._spec, self._memory, self._sources, self._adapters = spec, memory, sources, adapters
         self._precision, self._padding_row = precision, config.max_requests
@@ -119,17 +115,15 @@ class Runner:
 
     def execute(self, plan: Plan) -> InFlight:
         """Enqueues a plan's step, and the scores of prompts that want them."""
+        plan = self._sorted_by_adapter(plan)
         chunks = (*plan.decodes, *plan.prefills)
         prompt_tokens = plan.tokens - len(plan.decodes)
         bucket = self.buckets.choose(decodes=len(plan.decodes), prompt_tokens=prompt_tokens)
-        slots = self._slots(chunks)
+        slots = [self._sources.adapter_slot(chunk.request) for chunk in chunks]
         shape = self._step_shape(bucket, with_lora=self._wants_lora(slots))
         packed, fields = shape.layout.buffer()
         neutral(fields, vocab_rows=self._spec.vocab_rows, padding_row=self._padding_row)
         requests = fill(fields, plan, self._sources)
-        self._fill_active(fields, slots)
-        if self._adapters and "chunk_active" in fields:
-            fields["chunk_active"][:] = self._adapters.active(sorted(self._slots(plan.prefills)))
         hidden_TD, sampled = self._run(shape, packed)
         jax.tree.map(lambda x: x.copy_to_host_async(), sampled)
         scores = None
@@ -222,7 +216,6 @@ class Runner:
             fields["adapter"][:] = -1
             fields["adapter"][: rows.stop - start] = adapter_T[rows]
             fields["target"][: rows.stop - start] = target_T[rows]
-            self._fill_active(fields, set(adapter_T[rows].tolist()))
             logits_TV, following = run(
                 self._leaves[shape.dtype],
                 adapters=self._arrays(shape),
@@ -244,7 +237,6 @@ class Runner:
         packed, fields = shape.layout.buffer()
         fields["first_row"][:] = rows
         fields["adapter"][:] = np.repeat(adapters, self._spec.vision_tokens_per_image)
-        self._fill_active(fields, set(adapters))
         self._features_FD = self._compile(step.encode_images, shape, donate=("features_FD",))(
             self._leaves[shape.dtype],
             features_FD=self._features_FD,
@@ -255,36 +247,27 @@ class Runner:
 
     @functools.lru_cache  # noqa: B019 (a runner lives as long as its engine)
     def _step_shape(self, bucket: Bucket, *, with_lora: bool) -> step.StepShape:
-        layout = BatchLayout.of(
-            bucket,
-            request_pages=self._memory.request_pages,
-            active=self._active_shape(with_lora=with_lora),
-        )
+        layout = BatchLayout.of(bucket, request_pages=self._memory.request_pages)
         dtype = self._precision.prompts if bucket.chunks else self._precision.weights
         return self._shape(layout, dtype, with_lora=with_lora)
 
     @functools.lru_cache  # noqa: B019
     def _score_shape(self, *, with_lora: bool) -> step.StepShape:
-        layout = BatchLayout.of_scores(active=self._active_shape(with_lora=with_lora))
-        return self._shape(layout, self._precision.weights, with_lora=with_lora)
+        return self._shape(BatchLayout.of_scores(), self._precision.weights, with_lora=with_lora)
 
     @functools.lru_cache  # noqa: B019
     def _image_shape(self, images: int, *, with_lora: bool) -> step.StepShape:
-        layout = BatchLayout.of_images(
-            images,
-            vision_tokens=self._spec.vision_tokens_per_image,
-            active=self._active_shape(with_lora=with_lora),
-        )
+        layout = BatchLayout.of_images(images, vision_tokens=self._spec.vision_tokens_per_image)
         return self._shape(layout, self._precision.prompts, with_lora=with_lora)
 
     def _shape(self, layout: BatchLayout, dtype: np.dtype, *, with_lora: bool) -> step.StepShape:
-        pages_of_site = self._adapters.pages_of_site if self._adapters and with_lora else None
         return step.StepShape(
-            model=self._model, layout=layout, pages_of_site=pages_of_site, dtype=dtype, kernel="xla"
+            model=self._model,
+            layout=layout,
+            with_lora=with_lora,
+            dtype=dtype,
+            kernel=self._kernel,
         )
-
-    def _active_shape(self, *, with_lora: bool) -> tuple[int, ...]:
-        return self._adapters.active([]).shape if self._adapters and with_lora else ()
 
     def _compile(self, function: Callable, shape: step.StepShape, donate=()) -> Callable:
         if (compiled := self._compiled.get((function, shape))) is None:
@@ -298,18 +281,20 @@ class Runner:
         return compiled
 
     def _arrays(self, shape: step.StepShape) -> step.AdapterArrays | None:
-        return self._adapters.arrays() if self._adapters and shape.pages_of_site else None
+        return self._adapters.arrays() if self._adapters and shape.with_lora else None
 
-    def _slots(self, chunks: Iterable[Chunk]) -> set[int]:
-        return {self._sources.adapter_slot(chunk.request) for chunk in chunks}
+    def _sorted_by_adapter(self, plan: Plan) -> Plan:
+        """The same plan with neighbours that share an adapter, for the fewest row tiles."""
+
+        def slot(chunk: Chunk) -> int:
+            return self._sources.adapter_slot(chunk.request)
+
+        decodes, prefills = (sorted(c, key=slot) for c in (plan.decodes, plan.prefills))
+        return dataclasses.replace(plan, decodes=decodes, prefills=prefills)
 
     def _wants_lora(self, slots: Collection[int]) -> bool:
         """Whether rows of these adapter slots, -1 for none, need the variant with LoRA."""
         return self._lora_variants[0] or any(slot >= 0 for slot in slots)
-
-    def _fill_active(self, fields: Fields, slots: set[int]) -> None:
-        if self._adapters and "active" in fields:
-            fields["active"][:] = self._adapters.active(sorted(slots))
 
 
 def _split(

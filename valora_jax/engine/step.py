@@ -20,10 +20,8 @@ from pallas_kernels.paged_attention import Chunks, Decodes, KVPages
 from valora_jax.engine.batch import BatchLayout
 from valora_jax.engine.sampler import Sampled, SamplerState, sample, token_logprobs
 from valora_jax.layers.attention import AttentionBatch, KVCursor
-from valora_jax.lora.batch import FirstRows, LoraBatch
-from valora_jax.lora.heads import replaced_logits
-from valora_jax.lora.pool import unpack_active
-from valora_jax.lora.residency import REPLACED_HEADS
+from valora_jax.lora.batch import LoraBatch
+from valora_jax.lora.heads import ReplacedHeads, replaced_logits
 from valora_jax.models.spec import HEAD_SITE, Model
 
 
@@ -35,12 +33,12 @@ class AdapterArrays:
     Attributes:
       pools: LoRA site -> rank pages.
       biases_LSE: site -> biases of its slots.
-      heads_DV: replaced heads; may be none.
+      heads: replaced heads; may be none.
     """
 
     pools: Mapping[str, LoraPool]
     biases_LSE: Mapping[str, jax.Array]
-    heads_DV: Sequence[jax.Array]
+    heads: ReplacedHeads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,14 +60,14 @@ class StepShape:
     Attributes:
       model: the module.
       layout: fields of the batch.
-      pages_of_site: LoRA site -> pages of its pool; None for a step without adapters.
+      with_lora: whether rows may bring adapters.
       dtype: of the arithmetic; the cache and the weights have their own.
       kernel: which implementation of LoRA and attention runs.
     """
 
     model: ModelShape
     layout: BatchLayout
-    pages_of_site: Mapping[str, int] | None
+    with_lora: bool
     dtype: np.dtype
     kernel: Kernel
 
@@ -89,7 +87,7 @@ def decoder_step(
     """
     fields = shape.layout.unpack(packed)
     model = shape.model.merge(leaves)
-    lora = _step_lora(shape, adapters, fields)
+    lora = _lora(shape, adapters, fields["adapter"])
     token_T = jnp.where(
         fields["token"] >= 0, fields["token"], state.last_token_R[fields["token_row"]]
     )
@@ -98,7 +96,7 @@ def decoder_step(
     hidden_TD = model.decode(x_TD.astype(shape.dtype), fields["position"], cursor=cursor, lora=lora)
     index_S = fields["sample_index"]
     hidden_SD, adapter_S = hidden_TD[index_S], fields["adapter"][index_S]
-    logits_SV = _logits(shape, model, adapters, fields, hidden_SD, adapter_S)
+    logits_SV = _logits(shape, model, adapters, hidden_SD, adapter_S)
     sampled, state = sample(logits_SV, state, fields)
     return cursor.kv, state, hidden_TD, sampled
 
@@ -113,7 +111,7 @@ def score(
     """Logits `[T, V]` of a block of hidden states, and their targets as if they were sampled."""
     fields = shape.layout.unpack(packed)
     model = shape.model.merge(leaves)
-    logits_TV = _logits(shape, model, adapters, fields, hidden_TD, fields["adapter"])
+    logits_TV = _logits(shape, model, adapters, hidden_TD, fields["adapter"])
     return logits_TV, token_logprobs(logits_TV, fields["target"])
 
 
@@ -127,7 +125,7 @@ def encode_images(
 ) -> jax.Array:
     """Writes the features of images to their slots; donate `features_FD`, which comes back."""
     fields = shape.layout.unpack(packed)
-    lora = _lora(shape, adapters, fields, fields["adapter"])
+    lora = _lora(shape, adapters, fields["adapter"])
     pixels_I3hw = pixels_I3hw.astype(shape.dtype)
     features_IXD = shape.model.merge(leaves).encode_images(pixels_I3hw, lora=lora)
     for i in range(pixels_I3hw.shape[0]):
@@ -141,55 +139,28 @@ def _logits(
     shape: StepShape,
     model: Model,
     adapters: AdapterArrays | None,
-    fields: Mapping[str, jax.Array],
     hidden_SD: jax.Array,
     adapter_S: jax.Array,
 ) -> jax.Array:
     """Logits `[S, V]`, each row through its adapter's head."""
     logits_SV = model.logits(hidden_SD)
-    lora = _lora(shape, adapters, fields, adapter_S)
+    lora = _lora(shape, adapters, adapter_S)
     if adapters is None or lora is None:
         return logits_SV
-    if adapters.heads_DV:
-        logits_SV = replaced_logits(
-            logits_SV,
-            hidden_SD,
-            adapters.heads_DV,
-            active=lora.active[REPLACED_HEADS],
-            adapter_S=adapter_S,
-        )
-    return lora.add(logits_SV, hidden_SD, site=HEAD_SITE, layer=0)
+    logits_SV = replaced_logits(logits_SV, hidden_SD, adapters.heads, adapter_S=adapter_S)
+    return lora.add(logits_SV, hidden_SD, sites=(HEAD_SITE,), columns=(0,), layer=0)
 
 
 def _lora(
-    shape: StepShape, adapters: AdapterArrays | None, fields: Mapping, adapter_T: jax.Array
+    shape: StepShape, adapters: AdapterArrays | None, adapter_T: jax.Array
 ) -> LoraBatch | None:
-    if shape.pages_of_site is None or adapters is None:
+    if adapters is None or not shape.with_lora:
         return None
-    return LoraBatch(
+    return LoraBatch.of(
+        adapter_T,
         pools=adapters.pools,
         biases_LSE=adapters.biases_LSE,
-        active=unpack_active(fields["active"], shape.pages_of_site),
-        adapter_T=adapter_T,
         implementation=shape.kernel,
-    )
-
-
-def _step_lora(
-    shape: StepShape, adapters: AdapterArrays | None, fields: Mapping[str, jax.Array]
-) -> LoraBatch | None:
-    """The adapters of a whole step, those of decodes apart where there are prompt chunks, too."""
-    adapter_T = fields["adapter"]
-    lora = _lora(shape, adapters, fields, adapter_T)
-    if shape.pages_of_site is None or lora is None or "chunk_active" not in fields:
-        return lora
-    D = fields["decode_kv_len"].shape[0]
-    decodes_T = jnp.arange(adapter_T.shape[0]) < fields["decode_count"]
-    return dataclasses.replace(
-        lora,
-        active=unpack_active(fields["chunk_active"], shape.pages_of_site),
-        adapter_T=jnp.where(decodes_T, -1, adapter_T),
-        first=FirstRows(active=lora.active, adapter_F=jnp.where(decodes_T, adapter_T, -1)[:D]),
     )
 
 

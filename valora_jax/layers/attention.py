@@ -7,7 +7,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -86,8 +85,6 @@ class Attention(nnx.Module):
     def __call__(
         self, x_TD: jax.Array, angle_Th: jax.Array, *, cursor: KVCursor, lora: LoraBatch | None
     ) -> jax.Array:
-        # The parts of one product: XLA drops the split and this together.
-        qkv_TE = jnp.concatenate(self.qkv(x_TD, lora), axis=-1)
-        out_TNH = cursor.attend(qkv_TE, angle_Th, layer=self.layer)
+        out_TNH = cursor.attend(self.qkv.together(x_TD, lora), angle_Th, layer=self.layer)
         (out_TD,) = self.out(out_TNH.reshape(x_TD.shape[0], -1), lora)
         return out_TD

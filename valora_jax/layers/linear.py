@@ -37,13 +37,15 @@ class Linear(nnx.Module):
 
     def __call__(self, x_TD: jax.Array, lora: LoraBatch | None) -> list[jax.Array]:
         """Returns one `[T, E_part]` array a part, in the dtype of `x_TD`."""
+        return jnp.split(self.together(x_TD, lora), self.splits, axis=-1)
+
+    def together(self, x_TD: jax.Array, lora: LoraBatch | None) -> jax.Array:
+        """Returns the parts side by side, `[T, E]`."""
         y_TE = jnp.dot(x_TD, self.kernel[...], preferred_element_type=jnp.float32)
         if self.bias is not None:
             y_TE += self.bias[...]
-        parts = jnp.split(y_TE.astype(x_TD.dtype), self.splits, axis=-1)
-        if lora is None:
-            return parts
-        return [
-            lora.add(part, x_TD, site=site, layer=self.layer) if site in lora.pools else part
-            for part, site in zip(parts, self.sites, strict=True)
-        ]
+        y_TE = y_TE.astype(x_TD.dtype)
+        if lora is not None:
+            columns = (0, *self.splits)
+            y_TE = lora.add(y_TE, x_TD, sites=self.sites, columns=columns, layer=self.layer)
+        return y_TE

@@ -1,29 +1,24 @@
 """Which adapter each row of a step brings: the pytree that every linear receives.
 
-T rows, F first rows, E output width.
+T rows, E output width of all parts of a linear.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.lora_matmul import ActivePages, Implementation, LoraPool, lora_matmul
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class FirstRows:
-    """Rows at the front with many adapters and few rows each, multiplied apart from the rest.
-
-    Attributes:
-      active: site name -> the pages that these rows use there.
-      adapter_F: `[F]` int32 adapter slot of each, -1 for none.
-    """
-
-    active: Mapping[str, ActivePages]
-    adapter_F: jax.Array
+from pallas_kernels.lora_matmul import (
+    MAX_RANK,
+    PAGE_RANKS,
+    Implementation,
+    LoraPool,
+    Part,
+    RowTiles,
+    block_rows,
+    lora_matmul,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -35,46 +30,80 @@ class LoraBatch:
       pools: site name -> the device's rank pages of that kind of linear.
       biases_LSE: site name -> `[layers, slots, E]` float32, added to rows of the slot; only sites
         whose adapters may bring a bias are in it.
-      active: site name -> the pages that the rows of `adapter_T` use there.
       adapter_T: `[T]` int32 adapter slot of each row, -1 for the base model.
-      first: rows at the front that bring their adapters in here, and -1 in `adapter_T`. In a step
-        that mixes decodes and prompts, a page of a decode is then not multiplied with a whole
-        prompt's rows.
+      tiles: the rows cut into tiles of one adapter each.
       implementation: which kernel multiplies.
     """
 
     pools: Mapping[str, LoraPool]
     biases_LSE: Mapping[str, jax.Array]
-    active: Mapping[str, ActivePages]
     adapter_T: jax.Array
-    first: FirstRows | None = None
+    tiles: RowTiles
     implementation: Implementation = dataclasses.field(metadata={"static": True})
 
+    @classmethod
+    def of(
+        cls,
+        adapter_T: jax.Array,
+        *,
+        pools: Mapping[str, LoraPool],
+        biases_LSE: Mapping[str, jax.Array],
+        implementation: Implementation,
+    ) -> "LoraBatch":
+        """Cuts the rows into tiles; neighbours with the same adapter share one."""
+        height = block_rows(adapter_T.shape[0], implementation=implementation)
+        return cls(
+            pools=pools,
+            biases_LSE=biases_LSE,
+            adapter_T=adapter_T,
+            tiles=RowTiles.of(adapter_T, block_rows=height),
+            implementation=implementation,
+        )
+
     def at_rows(self, adapter_T: jax.Array) -> "LoraBatch":
-        """The same pages for other rows, such as those of fewer tokens."""
-        return dataclasses.replace(self, adapter_T=adapter_T, first=None)
+        """The same adapters for other rows, such as those of fewer tokens."""
+        return LoraBatch.of(
+            adapter_T,
+            pools=self.pools,
+            biases_LSE=self.biases_LSE,
+            implementation=self.implementation,
+        )
 
-    def add(self, y_TE: jax.Array, x_TD: jax.Array, *, site: str, layer: int) -> jax.Array:
-        """Adds each row's update to the base product `y_TE`."""
-        y_TE = self._add(y_TE, x_TD, self.active, self.adapter_T, site=site, layer=layer)
-        if self.first is None:
-            return y_TE
-        F = self.first.adapter_F.shape[0]
-        active, adapter_F = self.first.active, self.first.adapter_F
-        y_FE = self._add(y_TE[:F], x_TD[:F], active, adapter_F, site=site, layer=layer)
-        return y_TE.at[:F].set(y_FE)
+    def add(
+        self,
+        y_TE: jax.Array,
+        x_TD: jax.Array,
+        *,
+        sites: Sequence[str],
+        columns: Sequence[int],
+        layer: int,
+    ) -> jax.Array:
+        """Adds each row's updates to the base products `y_TE` of linears that share an input.
 
-    def _add(self, y_TE, x_TD, active, adapter_T, *, site: str, layer: int) -> jax.Array:
+        Args:
+          y_TE: `[T, E]`, the linears side by side.
+          x_TD: `[T, D]` their input.
+          sites: name of each linear; those without a pool serve no adapter.
+          columns: where each begins in `y_TE`.
+          layer: of the linears.
+        """
+        first_of = {s: c for s, c in zip(sites, columns, strict=True) if s in self.pools}
         y_TE = lora_matmul(
             y_TE,
             x_TD,
-            self.pools[site],
-            active=active[site],
-            adapter_T=adapter_T,
+            [Part(pool=self.pools[site], column=column) for site, column in first_of.items()],
+            tiles=self.tiles,
             layer=layer,
-            implementation=self.implementation,
+            implementation=self._implementation(first_of),
         )
-        if (bias_LSE := self.biases_LSE.get(site)) is None:
-            return y_TE
-        bias_TE = bias_LSE[layer, adapter_T]  # -1 reads the last slot, and is masked
-        return y_TE + jnp.where(adapter_T[:, None] >= 0, bias_TE, 0).astype(y_TE.dtype)
+        for site in first_of.keys() & self.biases_LSE.keys():
+            bias_TE = self.biases_LSE[site][layer, self.adapter_T]  # -1 reads another, is masked
+            bias_TE = jnp.where(self.adapter_T[:, None] >= 0, bias_TE, 0).astype(y_TE.dtype)
+            first, last = first_of[site], first_of[site] + bias_TE.shape[1]
+            y_TE = y_TE.at[:, first:last].add(bias_TE)
+        return y_TE
+
+    def _implementation(self, sites: Iterable[str]) -> Implementation:
+        """Whole replacements of linears have ranks that only one implementation takes."""
+        widest = max((self.pools[site].page_SW.shape[1] for site in sites), default=0)
+        return "xla" if widest * PAGE_RANKS > MAX_RANK else self.implementation

@@ -14,52 +14,62 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from pallas_kernels.lora_matmul import ActivePages
 from valora_jax.lora.adapter import Adapter, AdapterTarget
 from valora_jax.lora.residency import REPLACED_HEADS, Placement
 
 
-class HeadPool:
-    """Room for a number of replaced heads. An upload replaces `heads_DV`, as in `DevicePool`.
-
-    Attributes:
-      heads_DV: an array `[D, V]` each: page p of `REPLACED_HEADS` is `heads_DV[p - 1]`. As one
-        stacked array, a CPU copied each head that it multiplied, and took three times as long.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ReplacedHeads:
+    """Attributes:
+    heads_DV: an array `[D, V]` each: page p of `REPLACED_HEADS` is `heads_DV[p - 1]`. As one
+      stacked array, a CPU copied each head that it multiplied, and took three times as long.
+    page_P: `[P]` int32 page of each adapter slot, 0 where it keeps the base's head.
     """
 
-    def __init__(self, target: AdapterTarget, *, heads: int, dtype: DTypeLike):
+    heads_DV: Sequence[jax.Array]
+    page_P: jax.Array
+
+
+class HeadPool:
+    """Room for a number of replaced heads. An upload replaces `heads`, as in `DevicePool`."""
+
+    def __init__(self, target: AdapterTarget, *, heads: int, slots: int, dtype: DTypeLike):
         shape_DV = (target.width, target.vocab_rows)
-        self.heads_DV = tuple(jnp.zeros(shape_DV, dtype) for _ in range(heads))
+        self.heads = ReplacedHeads(
+            heads_DV=tuple(jnp.zeros(shape_DV, dtype) for _ in range(heads)),
+            page_P=jnp.zeros(slots, jnp.int32),
+        )
 
     def upload(self, adapter: Adapter, placement: Placement) -> None:
         """Writes the adapter's replaced head, if it has one, to its place; does not wait."""
+        page = 0
         if (head_VD := adapter.replaced_head_VD) is not None:
             (page,) = placement.pages[REPLACED_HEADS]
             self._write(head_VD, page - 1)
+        page_P = _write_page(self.heads.page_P, np.int32(page), np.int32(placement.slot))
+        self.heads = dataclasses.replace(self.heads, page_P=page_P)
 
     def warm_up(self) -> None:
         """Compiles the write by writing zeros. Only for an empty pool."""
-        if self.heads_DV:
-            self._write(np.zeros(self.heads_DV[0].shape[::-1], np.float32), 0)
+        page_P = _write_page(self.heads.page_P, np.int32(0), np.int32(0))
+        self.heads = dataclasses.replace(self.heads, page_P=page_P)
+        if self.heads.heads_DV:
+            self._write(np.zeros(self.heads.heads_DV[0].shape[::-1], np.float32), 0)
 
     def _write(self, head_VD: np.ndarray, index: int) -> None:
-        heads_DV = list(self.heads_DV)
+        heads_DV = list(self.heads.heads_DV)
         heads_DV[index] = _write_head(heads_DV[index], head_VD.astype(heads_DV[index].dtype))
-        self.heads_DV = tuple(heads_DV)
+        self.heads = dataclasses.replace(self.heads, heads_DV=tuple(heads_DV))
 
 
-def head_bytes(target: AdapterTarget, *, heads: int, dtype: DTypeLike) -> int:
+def head_bytes(target: AdapterTarget, *, heads: int, slots: int, dtype: DTypeLike) -> int:
     """Bytes that a `HeadPool` of these arguments takes."""
-    return heads * target.width * target.vocab_rows * jnp.dtype(dtype).itemsize
+    return heads * target.width * target.vocab_rows * jnp.dtype(dtype).itemsize + 4 * slots
 
 
 def replaced_logits(
-    logits_SV: jax.Array,
-    hidden_SD: jax.Array,
-    heads_DV: Sequence[jax.Array],
-    *,
-    active: ActivePages,
-    adapter_S: jax.Array,
+    logits_SV: jax.Array, hidden_SD: jax.Array, heads: ReplacedHeads, *, adapter_S: jax.Array
 ) -> jax.Array:
     """Puts the logits of replaced heads in place of the base's. LoRA on the head comes after.
 
@@ -68,24 +78,19 @@ def replaced_logits(
     Args:
       logits_SV: of the base.
       hidden_SD: input of the head.
-      heads_DV: of the `HeadPool`.
-      active: the pages of `REPLACED_HEADS`.
+      heads: of the `HeadPool`.
       adapter_S: `[S]` int32 adapter slot of each row, -1 for none.
     """
-    if not heads_DV:
-        return logits_SV
+    page_S = jnp.where(adapter_S >= 0, heads.page_P[adapter_S], 0)
+    for page, head_DV in enumerate(heads.heads_DV, start=1):
 
-    def product(head_DV: jax.Array) -> jax.Array:
-        head_DV = head_DV.astype(hidden_SD.dtype)
-        return jnp.dot(hidden_SD, head_DV, preferred_element_type=jnp.float32)
+        def replace_rows(logits_SV, head_DV=head_DV, mine_S=page_S == page):
+            head_DV = head_DV.astype(hidden_SD.dtype)
+            new_SV = jnp.dot(hidden_SD, head_DV, preferred_element_type=jnp.float32)
+            return jnp.where(mine_S[:, None], new_SV.astype(logits_SV.dtype), logits_SV)
 
-    products = [functools.partial(product, head_DV) for head_DV in heads_DV]
-
-    def replace_rows(i: jax.Array, logits_SV: jax.Array) -> jax.Array:
-        new_SV = jax.lax.switch(active.page_P[i] - 1, products).astype(logits_SV.dtype)
-        return jnp.where((adapter_S == active.owner_P[i])[:, None], new_SV, logits_SV)
-
-    return jax.lax.fori_loop(0, active.count, replace_rows, logits_SV)
+        logits_SV = jax.lax.cond((page_S == page).any(), replace_rows, lambda x: x, logits_SV)
+    return logits_SV
 
 
 @jax.tree_util.register_dataclass
@@ -161,6 +166,11 @@ def class_logits(hidden_SD: jax.Array, heads: TaskHeads, adapter_S: jax.Array) -
 @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
 def _write_head(_old_DV: jax.Array, head_VD: jax.Array) -> jax.Array:
     return head_VD.T
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_page(page_P: jax.Array, page: jax.Array, slot: jax.Array) -> jax.Array:
+    return page_P.at[slot].set(page)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -1,21 +1,22 @@
 """The device's rank pages: an adapter is written into them in place, and nothing compiles for it.
 
 One write a page, of one shape a kind of linear, whatever the rank: short ranks are filled up with
-zeros. `residency.Residency` says where an adapter goes. L layers, S adapter slots, D and E widths,
-r the 16 rank rows of a page, R rows of all pages, N pages of all sites.
+zeros. `residency.Residency` says where an adapter goes. L layers, S adapter slots, W pages a slot,
+D and E widths, r the 16 rank rows of a page, R rows of all pages.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from pallas_kernels.lora_matmul import PAGE_RANKS, ActivePages, LoraPool
+from pallas_kernels.lora_matmul import MAX_RANK, PAGE_RANKS, LoraPool
 from valora_jax.lora.adapter import Adapter, AdapterTarget, LoraPair
 from valora_jax.lora.residency import REPLACED_HEADS, Placement
 
@@ -24,20 +25,6 @@ def pages_needed(adapter: Adapter) -> dict[str, int]:
     """Site -> pages that an adapter takes, as `Residency` wants it."""
     pages = {site: math.ceil(adapter.rank_of(site) / PAGE_RANKS) for site in adapter.pairs}
     return pages | ({REPLACED_HEADS: 1} if adapter.replaced_head_VD is not None else {})
-
-
-def unpack_active(active_2N: jax.Array, pages_of_site: Mapping[str, int]) -> dict[str, ActivePages]:
-    """Slices what `Residency.active` packed, while a step is traced; the same `pages_of_site`."""
-    out, start = {}, 0
-    for site, pages in sorted(pages_of_site.items()):
-        first, stop = start + 1, start + pages
-        out[site] = ActivePages(
-            page_P=active_2N[0, first:stop],
-            owner_P=active_2N[1, first:stop],
-            count=active_2N[0, start],
-        )
-        start = stop
-    return out
 
 
 class DevicePool:
@@ -69,11 +56,17 @@ class DevicePool:
         self.pools, self.biases_LSE = _empty(target, pages_of_site, slots, dtype, biased_sites)
 
     def refusals(self, adapter: Adapter) -> list[str]:
-        """Biases that have no place here; empty if all have."""
-        return [
-            f"{site}: brings a bias, which is served in {', '.join(self.biases_LSE) or 'no linear'}"
+        """Biases and ranks that have no place here; empty if all have."""
+        served = ", ".join(self.biases_LSE) or "no linear"
+        biases = [
+            f"{site}: brings a bias, which is served in {served}"
             for site, pairs in adapter.pairs.items()
             if site not in self.biases_LSE and any(p.bias_N is not None for p in pairs.values())
+        ]
+        return biases + [
+            f"{site}: has rank {adapter.rank_of(site)}, served are ranks up to {MAX_RANK}"
+            for site in sorted(adapter.pairs.keys() - self.biases_LSE.keys())
+            if adapter.rank_of(site) > MAX_RANK
         ]
 
     def upload(self, adapter: Adapter, placement: Placement) -> None:
@@ -90,13 +83,13 @@ class DevicePool:
                     a_RD={layer: pair.a_RK[rows] for layer, pair in pairs.items()},
                     b_RE={layer: pair.b_RN[rows] for layer, pair in pairs.items()},
                 )
-        self._write_slot(adapter.pairs, placement.slot)
+        self._write_slot(adapter.pairs, placement.slot, placement.pages)
 
     def warm_up(self) -> None:
         """Compiles every write by writing zeros to page 0 and slot 0. Only for an empty pool."""
         for site in self.pools:
             self._write_page(site, 0, a_RD={}, b_RE={})
-        self._write_slot({}, 0)
+        self._write_slot({}, 0, {})
 
     def _write_page(self, site: str, page: int, **rows_by_layer: Mapping[int, np.ndarray]) -> None:
         pool = self.pools[site]
@@ -110,21 +103,45 @@ class DevicePool:
             written[name] = _write_page(pages_RD, block_LrD, np.int32(page))
         self.pools[site] = dataclasses.replace(pool, **written)
 
-    def _write_slot(self, pairs_of: Mapping[str, Mapping[int, LoraPair]], slot: int) -> None:
+    def _write_slot(
+        self,
+        pairs_of: Mapping[str, Mapping[int, LoraPair]],
+        slot: int,
+        pages_of: Mapping[str, Sequence[int]],
+    ) -> None:
         """Writes all sites in one go, also those that the adapter leaves alone."""
-        scales = {site: pool.scale_LS for site, pool in self.pools.items()}
-        values = {
-            site: _stacked({i: p.scale for i, p in pairs_of.get(site, {}).items()}, scale_LS)
-            for site, scale_LS in scales.items()
-        }
-        biases = {
-            site: _stacked({i: p.bias_N for i, p in pairs_of.get(site, {}).items()}, bias_LSE)
-            for site, bias_LSE in self.biases_LSE.items()
-        }
-        arrays, new = (scales, self.biases_LSE), (values, biases)
-        scales, self.biases_LSE = _write_slot(arrays, new, np.int32(slot))
-        for site, scale_LS in scales.items():
-            self.pools[site] = dataclasses.replace(self.pools[site], scale_LS=scale_LS)
+        slots = _Slots(
+            scales_LS={site: pool.scale_LS for site, pool in self.pools.items()},
+            biases_LSE=self.biases_LSE,
+            pages_SW={site: pool.page_SW for site, pool in self.pools.items()},
+            counts_S={site: pool.pages_S for site, pool in self.pools.items()},
+        )
+        values = _Slots(
+            scales_LS={
+                site: _stacked(
+                    {i: p.scale for i, p in pairs_of.get(site, {}).items()}, pool.scale_LS
+                )
+                for site, pool in self.pools.items()
+            },
+            biases_LSE={
+                site: _stacked({i: p.bias_N for i, p in pairs_of.get(site, {}).items()}, bias_LSE)
+                for site, bias_LSE in self.biases_LSE.items()
+            },
+            pages_SW={
+                site: _filled_up(pages_of.get(site, ()), width=pool.page_SW.shape[1])
+                for site, pool in self.pools.items()
+            },
+            counts_S={site: np.int32(len(pages_of.get(site, ()))) for site in self.pools},
+        )
+        slots = _write_slot(slots, values, np.int32(slot))
+        self.biases_LSE = slots.biases_LSE
+        for site, pool in self.pools.items():
+            self.pools[site] = dataclasses.replace(
+                pool,
+                scale_LS=slots.scales_LS[site],
+                page_SW=slots.pages_SW[site],
+                pages_S=slots.counts_S[site],
+            )
 
 
 def pool_bytes(
@@ -157,11 +174,18 @@ def _empty(
             a_RD=jnp.zeros((rows, site.in_width), dtype),
             b_RE=jnp.zeros((rows, site.out_width), dtype),
             scale_LS=jnp.zeros((site.layers, slots), jnp.float32),
+            page_SW=jnp.zeros((slots, _slot_pages(site.name, pages, biased_sites)), jnp.int32),
+            pages_S=jnp.zeros(slots, jnp.int32),
         )
         if site.name in biased_sites:
             shape_LSE = (site.layers, slots, site.out_width)
             biases_LSE[site.name] = jnp.zeros(shape_LSE, jnp.float32)
     return pools, biases_LSE
+
+
+def _slot_pages(site: str, pages: int, biased_sites: Collection[str]) -> int:
+    """Most pages of one adapter: where linears are replaced whole, all that there are."""
+    return pages if site in biased_sites else min(pages, MAX_RANK // PAGE_RANKS)
 
 
 def _stacked(by_layer: Mapping[int, np.ndarray | float | None], like: jax.Array) -> np.ndarray:
@@ -170,6 +194,12 @@ def _stacked(by_layer: Mapping[int, np.ndarray | float | None], like: jax.Array)
     for layer, value in by_layer.items():
         out[layer] = 0 if value is None else value
     return out
+
+
+def _filled_up(pages: Sequence[int], *, width: int) -> np.ndarray:
+    out_W = np.zeros(width, np.int32)
+    out_W[: len(pages)] = pages
+    return out_W
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -181,11 +211,24 @@ def _write_page(pages_RD: jax.Array, block_LrD: jax.Array, page: jax.Array) -> j
     return jax.lax.dynamic_update_slice(pages_LrD, block_LrD, start).reshape(pages_RD.shape)
 
 
+class _Slots(NamedTuple):
+    """What a slot has of its own, by site; or, without the axis S, the values of one slot."""
+
+    scales_LS: Mapping[str, jax.Array | np.ndarray]
+    biases_LSE: Mapping[str, jax.Array | np.ndarray]
+    pages_SW: Mapping[str, jax.Array | np.ndarray]
+    counts_S: Mapping[str, jax.Array | np.integer]
+
+
 @functools.partial(jax.jit, donate_argnums=0)
-def _write_slot[Tree](arrays: Tree, values: Tree, slot: jax.Array) -> Tree:
-    """Writes `[layers, ...]` values into `[layers, slots, ...]` arrays."""
-    return jax.tree.map(
-        lambda into, value: jax.lax.dynamic_update_slice_in_dim(into, value[:, None], slot, axis=1),
-        arrays,
-        values,
+def _write_slot(arrays: _Slots, values: _Slots, slot: jax.Array) -> _Slots:
+    return _Slots(
+        *(
+            jax.tree.map(lambda into, value: into.at[:, slot].set(value), old, new)
+            for old, new in zip(arrays[:2], values[:2], strict=True)
+        ),
+        *(
+            jax.tree.map(lambda into, value: into.at[slot].set(value), old, new)
+            for old, new in zip(arrays[2:], values[2:], strict=True)
+        ),
     )

@@ -2,13 +2,11 @@
 
 A version in use stays; an unused one stays until its place is needed, least recently used first.
 This is the bookkeeping, without arrays: `pool.DevicePool` and `heads.HeadPool` hold those. A whole
-replaced head is a page of the site `REPLACED_HEADS`. N pages of all sites together.
+replaced head is a page of the site `REPLACED_HEADS`.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-
-import numpy as np
+from collections.abc import Mapping
 
 from valora_jax.lora.host_store import AdapterRef
 
@@ -48,15 +46,10 @@ class Residency:
         slots: adapters at once.
         """
         self.pages_of_site = dict(sorted(pages_of_site.items()))
-        sizes = list(self.pages_of_site.values())
         self._slots = slots
         self._free_slots = list(range(slots))
         self._free_pages = {s: list(range(1, n)) for s, n in self.pages_of_site.items()}
         self._residents: dict[AdapterRef, _Resident] = {}  # least recently used first
-        starts = np.cumsum([0, *sizes])[:-1]
-        self._start_of = dict(zip(self.pages_of_site, starts.tolist(), strict=True))
-        self._start, self._site_N = starts, np.repeat(np.arange(len(sizes)), sizes)
-        self._owner_N = np.full(sum(sizes), -1, np.int32)
 
     def __contains__(self, ref: AdapterRef) -> bool:
         return ref in self._residents
@@ -113,31 +106,6 @@ class Residency:
         if resident.users == 0:
             self._evict(ref)
 
-    def active(self, slots: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The pages of some slots, as `pool.unpack_active` reads them.
-
-        Args:
-          slots: in any order and number; -1 stands for the base model and adds nothing.
-
-        Returns:
-          `[2, N]` int32, sites in the order of their names, each with as many columns as pages. The
-          first column has how many are active; the following have their ids, ascending, so that
-          the sum over a version's ranks has one order wherever it lies, above their slots.
-        """
-        is_active = np.zeros(self._slots + 1, bool)
-        is_active[np.asarray(slots, np.intp)] = True
-        is_active[-1] = False  # index -1: the base model, and pages of nobody
-        column_n = np.flatnonzero(is_active[self._owner_N])
-        site_n = self._site_N[column_n]
-        count = np.bincount(site_n, minlength=len(self._start))
-        nth_of_site_n = np.arange(len(column_n)) - (np.cumsum(count) - count)[site_n]
-        place_n = self._start[site_n] + 1 + nth_of_site_n
-        active_2N = np.zeros((2, len(self._owner_N)), np.int32)
-        active_2N[0, self._start] = count
-        active_2N[0, place_n] = column_n - self._start[site_n]
-        active_2N[1, place_n] = self._owner_N[column_n]
-        return active_2N
-
     def _make_room(self, need: Mapping[str, int]) -> bool:
         """Evicts what it takes for a newcomer, or nothing if that is not enough."""
         unused = [ref for ref, resident in self._residents.items() if resident.users == 0]
@@ -164,7 +132,6 @@ class Residency:
         pages = {}
         for site, number in need.items():
             ids = sorted(self._free_pages[site].pop() for _ in range(number))
-            self._owner_N[self._start_of[site] + np.array(ids, np.intp)] = slot
             pages[site] = tuple(ids)
         return _Resident(slot=slot, pages=pages)
 
@@ -172,7 +139,6 @@ class Residency:
         resident = self._residents.pop(ref)
         self._free_slots.append(resident.slot)
         for site, ids in resident.pages.items():
-            self._owner_N[self._start_of[site] + np.array(ids, np.intp)] = -1
             self._free_pages[site].extend(ids)
 
 

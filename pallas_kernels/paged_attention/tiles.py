@@ -3,7 +3,7 @@
 import dataclasses
 
 STEP_TOKENS = 64  # keys a loop step: 16 KB each of keys and values at 128 bfloat16
-PROGRAMS = 264  # two a multiprocessor of an H100, as many as fit with three stages of 32 KB
+PROGRAMS = 264  # two a multiprocessor of an H100, which keep 128 KB a multiprocessor on the way
 MIN_STEPS = 2  # a split shorter than this costs more to merge than it saves
 MAX_SPLITS = 32
 
@@ -16,7 +16,7 @@ class DecodeTile:
       step_tokens: keys a loop step, a power of two.
       splits: programs among which a row's keys are divided; over 1 a merge follows.
       warps: of a program.
-      stages: of the loop's pipeline; this many steps of keys and values are in shared memory.
+      stages: of the loop's pipeline; one step less of keys and values is on its way.
     """
 
     step_tokens: int
@@ -56,7 +56,6 @@ def attention_tiles(
     decodes: int,
     heads: int,
     kv_heads: int,
-    head_width: int,
     request_tokens: int,
     itemsize: int,
 ) -> AttentionTiles:
@@ -67,27 +66,26 @@ def attention_tiles(
       decodes: rows with one token.
       heads: query heads.
       kv_heads: key-value heads.
-      head_width: components of a head.
       request_tokens: tokens that a row of the page table holds.
       itemsize: bytes a component, in the wider of cache and arithmetic.
     """
     splits = round(PROGRAMS / max(1, decodes * kv_heads))
     longest = -(-request_tokens // (MIN_STEPS * STEP_TOKENS))
-    wide = head_width * itemsize > 256  # 64 KB a stage instead of 32: shared memory holds two
-    group = heads // kv_heads
+    # float32 is multiplied exactly, without matrix instructions: larger blocks would spill.
+    wide, group = itemsize > 2, heads // kv_heads
     # Twice as many rows halve what is read of the keys, where enough programs remain.
-    rows = 128 if tokens * group * kv_heads >= 128 * PROGRAMS and not wide else 64
+    rows = 128 if tokens * heads >= 128 * PROGRAMS else 64
     return AttentionTiles(
         decode=DecodeTile(
-            step_tokens=STEP_TOKENS,
+            step_tokens=STEP_TOKENS // 2 if wide else STEP_TOKENS,
             splits=max(1, min(splits, longest, MAX_SPLITS)),
             warps=4,
-            stages=2 if wide else 3,
+            stages=3,
         ),
         chunk=ChunkTile(
-            rows=max(rows, _power_of_two(group)),
+            rows=max(32 if wide else rows, _power_of_two(group)),
             step_tokens=STEP_TOKENS,
-            warps=8 if rows == 128 else 4,
+            warps=8 if wide or rows == 128 else 4,
             stages=2 if wide else 3,
         ),
     )

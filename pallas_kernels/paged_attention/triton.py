@@ -58,7 +58,6 @@ def attend(
             decodes=D,
             heads=heads.query,
             kv_heads=K,
-            head_width=H,
             request_tokens=W * p,
             itemsize=max(qkv_TE.dtype.itemsize, kv.k_PKpH.dtype.itemsize),
         )

@@ -23,7 +23,6 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.lora_matmul.layout import PAGE_RANKS, LoraPool, RowTiles
 from pallas_kernels.lora_matmul.tiles import (
-    ExpandTile,
     LoraTile,
     ShrinkTile,
     lora_tile,

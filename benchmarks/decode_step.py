@@ -88,6 +88,7 @@ class Bench:
             with_lora=lora,
             dtype=np.dtype(DTYPE),
             kernel=impl,
+            likeliest_only=not bucket_of.bucket.chunks,
         )
         step_shape = shape_of(layout=decode_inputs.layout(self.spec, bucket_of))
         image_shape = shape_of(layout=self._image_layout)

@@ -10,7 +10,9 @@ from valora_jax.engine.sampler import (
     Sampled,
     SamplerState,
     sample,
+    sample_likeliest,
     token_logprobs,
+    wants_only_likeliest,
 )
 
 run = jax.jit(sample)
@@ -48,6 +50,31 @@ def random_logits(S: int, V: int) -> np.ndarray:
 def test_greedy_takes_the_likeliest_and_of_equals_the_first():
     logits_SV = np.float32([[0, 3, 1, 2], [-1, -5, -1, -9], [2, 2, 2, 2]])
     assert sampled(logits_SV).token_S.tolist() == [1, 0, 0]
+
+
+def test_rows_that_want_only_the_likeliest_get_the_same_without_conditions():
+    logits_SV, rows = random_logits(4, 9), rows_of(4, 9, state_row=[2, 0, 4, 1])
+    assert wants_only_likeliest(rows, vocab_rows=9)
+    state = SamplerState.empty(max_requests=4, vocab_rows=9)
+    want, after = run(logits_SV, state, rows)
+    got, lean_after = jax.jit(sample_likeliest)(logits_SV, state, rows["state_row"])
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    np.testing.assert_array_equal(lean_after.last_token_R, after.last_token_R)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(temperature=[0, 0.5, 0]),
+        dict(presence_penalty=[0, 0, 1]),
+        dict(frequency_penalty=[0.1, 0, 0]),
+        dict(repetition_penalty=[1, 1.5, 1]),
+        dict(banned={1: [3]}),
+        dict(wants_logprobs=1),
+    ],
+)
+def test_a_single_row_that_wants_more_is_noticed(settings):
+    assert not wants_only_likeliest(rows_of(3, 9, **settings), vocab_rows=9)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])

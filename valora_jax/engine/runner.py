@@ -5,8 +5,7 @@ Decides nothing. Calls enqueue work and return; `InFlight.read` waits for its re
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
@@ -14,23 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.paged_attention import Implementation as Kernel
 from pallas_kernels.paged_attention import KVPages
 from valora_jax.config import EngineConfig
 from valora_jax.engine import step
-from valora_jax.engine.batch import SCORE_ROWS, BatchLayout
-from valora_jax.engine.buckets import Bucket, Buckets
+from valora_jax.engine.batch import SCORE_ROWS
 from valora_jax.engine.fill import Sources, fill, neutral
 from valora_jax.engine.memory_plan import MemoryPlan
 from valora_jax.engine.precision import Precision, in_dtype
 from valora_jax.engine.request import Request
-from valora_jax.engine.sampler import Sampled, SamplerState
+from valora_jax.engine.sampler import Sampled, SamplerState, wants_only_likeliest
 from valora_jax.engine.scheduler import Chunk, Plan
+from valora_jax.engine.shapes import IMAGES_A_CALL, StepShapes
 from valora_jax.lora.heads import TaskHeads, class_logits
 from valora_jax.models.build import parameter_paths, with_weights
 from valora_jax.models.spec import Model, ModelSpec
-
-_IMAGES_A_CALL = (1, 4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,18 +81,18 @@ class Runner:
         adapters: Adapters | None,
     ):
         """Takes the memory of `memory`; `adapters` is None in an engine that serves none."""
-        self.buckets = Buckets(
-            max_requests=config.max_requests,
-            max_tokens_per_step=config.max_tokens_per_step,
-            tokens_per_image=spec.tokens_per_image,
-            decode_growth=4 if jax.default_backend() == "cpu" else 2,
-        )
-        automatic: Kernel = "triton" if jax.default_backend() == "gpu" else "xla"
-        self._kernel: Kernel = automatic if config.kernels == "auto" else config.kernels
         self.traces = 0
-        self._spec, self._memory, self._sources, self._adapters = spec, memory, sources, adapters
-        self._precision, self._padding_row = precision, config.max_requests
+        self._spec, self._sources, self._adapters = spec, sources, adapters
+        self._padding_row = config.max_requests
         self._model, self._leaves = _split(model, spec, precision)
+        self._shapes = StepShapes(
+            self._model,
+            spec,
+            config,
+            precision=precision,
+            request_pages=memory.request_pages,
+            with_adapters=adapters is not None,
+        )
         shape = (spec.layers * memory.kv_pages, spec.kv_heads, config.page_tokens, spec.head_width)
         zeros = functools.partial(jnp.zeros, dtype=precision.weights)
         self._kv = KVPages(k_PKpH=zeros(shape), v_PKpH=zeros(shape))
@@ -106,10 +102,6 @@ class Runner:
         # One slot more than the cache hands out: a warm-up writes there.
         self._scratch_row = config.image_slots * spec.tokens_per_image
         self._features_FD = zeros((self._scratch_row + spec.tokens_per_image, spec.width))
-        # With nobody's adapter in it, a step without LoRA saves launches; on a CPU it saves nothing
-        # worth compiling every shape twice for.
-        both = (False, True) if jax.default_backend() != "cpu" else (True,)
-        self._lora_variants = both if adapters else (False,)
         self._compiled: dict[tuple[Callable, step.StepShape], Callable] = {}
         self._set_counts = jax.jit(SamplerState.with_counts, donate_argnums=0)
 
@@ -118,12 +110,16 @@ class Runner:
         plan = self._sorted_by_adapter(plan)
         chunks = (*plan.decodes, *plan.prefills)
         prompt_tokens = plan.tokens - len(plan.decodes)
-        bucket = self.buckets.choose(decodes=len(plan.decodes), prompt_tokens=prompt_tokens)
+        bucket = self._shapes.choose(decodes=len(plan.decodes), prompt_tokens=prompt_tokens)
         slots = [self._sources.adapter_slot(chunk.request) for chunk in chunks]
-        shape = self._step_shape(bucket, with_lora=self._wants_lora(slots))
-        packed, fields = shape.layout.buffer()
+        packed, fields = self._shapes.layout(bucket).buffer()
         neutral(fields, vocab_rows=self._spec.vocab_rows, padding_row=self._padding_row)
         requests = fill(fields, plan, self._sources)
+        shape = self._shapes.step(
+            bucket,
+            slots=slots,
+            likeliest_only=wants_only_likeliest(fields, vocab_rows=self._spec.vocab_rows),
+        )
         hidden_TD, sampled = self._run(shape, packed)
         jax.tree.map(lambda x: x.copy_to_host_async(), sampled)
         scores = None
@@ -145,7 +141,7 @@ class Runner:
     def encode(self, images: Sequence[tuple[np.ndarray, int, int]]) -> None:
         """Enqueues features of images, each `(pixels_3hw, feature slot, adapter slot or -1)`."""
         while images:
-            n = max(size for size in _IMAGES_A_CALL if size <= len(images))
+            n = max(size for size in IMAGES_A_CALL if size <= len(images))
             pixels, slots, adapters = zip(*images[:n], strict=True)
             rows = [slot * self._spec.tokens_per_image for slot in slots]
             self._encode(np.stack(pixels), rows, adapters)
@@ -167,24 +163,22 @@ class Runner:
 
     def warm_up(self, progress: Callable[[int, int], None]) -> None:
         """Compiles every shape by running it on nothing; `progress(done, all)` after each."""
-        steps = list(itertools.product(self.buckets, self._lora_variants))
-        images = list(itertools.product(_IMAGES_A_CALL, self._lora_variants))
+        steps, images = list(self._shapes.all_steps()), list(self._shapes.all_images())
         total = len(steps) + len(images)
-        for done, (bucket, with_lora) in enumerate(steps):
+        for done, (bucket, shape) in enumerate(steps):
             progress(done, total)
-            shape = self._step_shape(bucket, with_lora=with_lora)
             packed, fields = shape.layout.buffer()
             neutral(fields, vocab_rows=self._spec.vocab_rows, padding_row=self._padding_row)
             hidden_TD, _ = self._run(shape, packed)
-            adapter_T = np.full(bucket.tokens, 0 if with_lora else -1, np.int32)
+            adapter_T = np.full(bucket.tokens, 0 if shape.with_lora else -1, np.int32)
             self._score(hidden_TD, adapter_T, np.zeros_like(adapter_T), tokens=1)
             if self._adapters:
                 block = _block(hidden_TD, np.int32(0))
                 _classify(block, self._adapters.task_heads, np.zeros(SCORE_ROWS, np.int32))
-        for done, (n, with_lora) in enumerate(images, len(steps)):
+        for done, (n, shape) in enumerate(images, len(steps)):
             progress(done, total)
             pixels = np.zeros((n, *self._spec.pixel_shape), np.float32)
-            self._encode(pixels, [self._scratch_row] * n, [0 if with_lora else -1] * n)
+            self._encode(pixels, [self._scratch_row] * n, [0 if shape.with_lora else -1] * n)
         row, counts_V = np.int32(self._padding_row), np.zeros(self._spec.vocab_rows, np.int32)
         self._state = self._set_counts(self._state, row, counts_V, counts_V.astype(bool))
         jax.block_until_ready((self._kv, self._features_FD, self._state))
@@ -207,7 +201,7 @@ class Runner:
         self, hidden_TD: jax.Array, adapter_T: np.ndarray, target_T: np.ndarray, *, tokens: int
     ) -> list[tuple[jax.Array, Sampled]]:
         """Enqueues the scores of a step's first `tokens` rows, block by block."""
-        shape = self._score_shape(with_lora=self._wants_lora(adapter_T.tolist()))
+        shape = self._shapes.scores(slots=adapter_T.tolist())
         run = self._compile(step.score, shape)
         blocks = []
         for start in range(0, tokens, SCORE_ROWS):
@@ -233,7 +227,7 @@ class Runner:
         return _classify(_block(hidden_TD, row), self._adapters.task_heads, adapter_S)
 
     def _encode(self, pixels_I3hw: np.ndarray, rows: list[int], adapters: Sequence[int]) -> None:
-        shape = self._image_shape(len(rows), with_lora=self._wants_lora(adapters))
+        shape = self._shapes.images(len(rows), slots=adapters)
         packed, fields = shape.layout.buffer()
         fields["first_row"][:] = rows
         fields["adapter"][:] = np.repeat(adapters, self._spec.vision_tokens_per_image)
@@ -243,30 +237,6 @@ class Runner:
             adapters=self._arrays(shape),
             pixels_I3hw=pixels_I3hw,
             packed=packed,
-        )
-
-    @functools.lru_cache  # noqa: B019 (a runner lives as long as its engine)
-    def _step_shape(self, bucket: Bucket, *, with_lora: bool) -> step.StepShape:
-        layout = BatchLayout.of(bucket, request_pages=self._memory.request_pages)
-        dtype = self._precision.prompts if bucket.chunks else self._precision.weights
-        return self._shape(layout, dtype, with_lora=with_lora)
-
-    @functools.lru_cache  # noqa: B019
-    def _score_shape(self, *, with_lora: bool) -> step.StepShape:
-        return self._shape(BatchLayout.of_scores(), self._precision.weights, with_lora=with_lora)
-
-    @functools.lru_cache  # noqa: B019
-    def _image_shape(self, images: int, *, with_lora: bool) -> step.StepShape:
-        layout = BatchLayout.of_images(images, vision_tokens=self._spec.vision_tokens_per_image)
-        return self._shape(layout, self._precision.prompts, with_lora=with_lora)
-
-    def _shape(self, layout: BatchLayout, dtype: np.dtype, *, with_lora: bool) -> step.StepShape:
-        return step.StepShape(
-            model=self._model,
-            layout=layout,
-            with_lora=with_lora,
-            dtype=dtype,
-            kernel=self._kernel,
         )
 
     def _compile(self, function: Callable, shape: step.StepShape, donate=()) -> Callable:
@@ -291,10 +261,6 @@ class Runner:
 
         decodes, prefills = (sorted(c, key=slot) for c in (plan.decodes, plan.prefills))
         return dataclasses.replace(plan, decodes=decodes, prefills=prefills)
-
-    def _wants_lora(self, slots: Collection[int]) -> bool:
-        """Whether rows of these adapter slots, -1 for none, need the variant with LoRA."""
-        return self._lora_variants[0] or any(slot >= 0 for slot in slots)
 
 
 def _split(

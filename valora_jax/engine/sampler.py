@@ -1,8 +1,10 @@
 """Chooses the next token of each row on the device: penalties, temperature, filters, one draw.
 
-Everything that only some requests want runs under a condition, so that a greedy batch pays for an
-argmax alone. S sampled rows, V vocabulary rows, R state rows (one a running request, and a last
-one that padding uses), X banned tokens a row, K the most log-probabilities.
+Everything that only some requests want runs under a condition, so that a batch pays for what its
+rows want. A batch that wants nothing but the likeliest token can have a step without conditions:
+on a GPU each one waits for the host. S sampled rows, V vocabulary rows, R state rows (one a
+running request, and a last one that padding uses), X banned tokens a row, K the most
+log-probabilities.
 """
 
 import dataclasses
@@ -105,6 +107,27 @@ def sample(
     return _with_logprobs(logits_SV, token_S, rows["wants_logprobs"] > 0), state
 
 
+def wants_only_likeliest(rows: Mapping[str, np.ndarray], *, vocab_rows: int) -> bool:
+    """Whether `sample_likeliest` does for these rows what `sample` would, padding included."""
+    return bool(
+        (rows["temperature"] == 0).all()
+        and (rows["banned"] == vocab_rows).all()
+        and (rows["presence_penalty"] == 0).all()
+        and (rows["frequency_penalty"] == 0).all()
+        and (rows["repetition_penalty"] == 1).all()
+        and rows["wants_logprobs"] == 0
+    )
+
+
+def sample_likeliest(
+    logits_SV: jax.Array, state: SamplerState, row_S: jax.Array
+) -> tuple[Sampled, SamplerState]:
+    """Takes each row's likeliest token, and remembers it for the next step alone."""
+    token_S = jnp.argmax(logits_SV, axis=-1).astype(jnp.int32)
+    last_token_R = state.last_token_R.at[row_S].set(token_S)
+    return _without_logprobs(token_S), dataclasses.replace(state, last_token_R=last_token_R)
+
+
 def token_logprobs(logits_SV: jax.Array, token_S: jax.Array) -> Sampled:
     """The given tokens with their log-probabilities and ranks, and the K likeliest."""
     logprob_SV = jax.nn.log_softmax(logits_SV)
@@ -122,15 +145,22 @@ def token_logprobs(logits_SV: jax.Array, token_S: jax.Array) -> Sampled:
 
 
 def _with_logprobs(logits_SV, token_S, wanted) -> Sampled:
+    return jax.lax.cond(
+        wanted,
+        lambda: token_logprobs(logits_SV, token_S),
+        lambda: _without_logprobs(token_S),
+    )
+
+
+def _without_logprobs(token_S) -> Sampled:
     S = token_S.shape[0]
-    nothing = Sampled(
+    return Sampled(
         token_S=token_S,
         logprob_S=jnp.zeros(S, jnp.float32),
         rank_S=jnp.zeros(S, jnp.int32),
         top_token_SK=jnp.zeros((S, MAX_LOGPROBS), jnp.int32),
         top_logprob_SK=jnp.zeros((S, MAX_LOGPROBS), jnp.float32),
     )
-    return jax.lax.cond(wanted, lambda: token_logprobs(logits_SV, token_S), lambda: nothing)
 
 
 def _where_any(condition, change, x):

@@ -18,7 +18,13 @@ from pallas_kernels.lora_matmul import Implementation as Kernel
 from pallas_kernels.lora_matmul import LoraPool
 from pallas_kernels.paged_attention import Chunks, Decodes, KVPages
 from valora_jax.engine.batch import BatchLayout
-from valora_jax.engine.sampler import Sampled, SamplerState, sample, token_logprobs
+from valora_jax.engine.sampler import (
+    Sampled,
+    SamplerState,
+    sample,
+    sample_likeliest,
+    token_logprobs,
+)
 from valora_jax.layers.attention import AttentionBatch, KVCursor
 from valora_jax.lora.batch import LoraBatch
 from valora_jax.lora.heads import ReplacedHeads, replaced_logits
@@ -63,6 +69,7 @@ class StepShape:
       with_lora: whether rows may bring adapters.
       dtype: of the arithmetic; the cache and the weights have their own.
       kernel: which implementation of LoRA and attention runs.
+      likeliest_only: whether rows want nothing but their likeliest token.
     """
 
     model: ModelShape
@@ -70,6 +77,7 @@ class StepShape:
     with_lora: bool
     dtype: np.dtype
     kernel: Kernel
+    likeliest_only: bool = False
 
 
 def decoder_step(
@@ -97,7 +105,10 @@ def decoder_step(
     index_S = fields["sample_index"]
     hidden_SD, adapter_S = hidden_TD[index_S], fields["adapter"][index_S]
     logits_SV = _logits(shape, model, adapters, hidden_SD, adapter_S)
-    sampled, state = sample(logits_SV, state, fields)
+    if shape.likeliest_only:
+        sampled, state = sample_likeliest(logits_SV, state, fields["state_row"])
+    else:
+        sampled, state = sample(logits_SV, state, fields)
     return cursor.kv, state, hidden_TD, sampled
 
 

@@ -1,0 +1,126 @@
+"""What steps are compiled for on this device: buckets, and the variants of each.
+
+A variant leaves out what no row of a step wants: adapters, or all of sampling but the argmax.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Collection, Iterator
+
+import jax
+
+from pallas_kernels.lora_matmul import Implementation as Kernel
+from valora_jax.config import EngineConfig
+from valora_jax.engine.batch import BatchLayout
+from valora_jax.engine.buckets import Bucket, Buckets
+from valora_jax.engine.precision import Precision
+from valora_jax.engine.step import ModelShape, StepShape
+from valora_jax.models.spec import ModelSpec
+
+IMAGES_A_CALL = (1, 4)
+
+
+class StepShapes:
+    """Hands out the same object for the same shape; each is a compilation."""
+
+    def __init__(
+        self,
+        model: ModelShape,
+        spec: ModelSpec,
+        config: EngineConfig,
+        *,
+        precision: Precision,
+        request_pages: int,
+        with_adapters: bool,
+    ):
+        """Args:
+        request_pages: pages that the longest request takes.
+        with_adapters: whether the engine serves any.
+        """
+        platform = jax.default_backend()
+        self._buckets = Buckets(
+            max_requests=config.max_requests,
+            max_tokens_per_step=config.max_tokens_per_step,
+            tokens_per_image=spec.tokens_per_image,
+            decode_growth=4 if platform == "cpu" else 2,
+        )
+        automatic: Kernel = "triton" if platform == "gpu" else "xla"
+        self._kernel: Kernel = automatic if config.kernels == "auto" else config.kernels
+        self._model, self._spec, self._precision = model, spec, precision
+        self._request_pages = request_pages
+        # Fewer variants on a CPU: loops over nobody's adapters end at once there, and a condition
+        # costs nothing; elsewhere both cost launches, and a condition may wait for the host.
+        self._lora_variants = (False,)
+        if with_adapters:
+            self._lora_variants = (True,) if platform == "cpu" else (False, True)
+        self._spare_sampling = platform != "cpu"
+
+    def step(
+        self, bucket: Bucket, *, slots: Collection[int], likeliest_only: bool = False
+    ) -> StepShape:
+        """The step for rows of these adapter slots, -1 for the base model."""
+        likeliest_only = likeliest_only and self._spares_sampling(bucket)
+        return self._step(bucket, self._with_lora(slots), likeliest_only)
+
+    def scores(self, *, slots: Collection[int]) -> StepShape:
+        """The scoring of a block of rows."""
+        return self._scores(self._with_lora(slots))
+
+    def images(self, images: int, *, slots: Collection[int]) -> StepShape:
+        """The encoding of images."""
+        return self._images(images, self._with_lora(slots))
+
+    def choose(self, *, decodes: int, prompt_tokens: int) -> Bucket:
+        """See `Buckets.choose`."""
+        return self._buckets.choose(decodes=decodes, prompt_tokens=prompt_tokens)
+
+    def layout(self, bucket: Bucket) -> BatchLayout:
+        """The fields of a bucket's steps, the same in all variants."""
+        return self._layout(bucket)
+
+    def all_steps(self) -> Iterator[tuple[Bucket, StepShape]]:
+        """Every step there is."""
+        for bucket, with_lora in itertools.product(self._buckets, self._lora_variants):
+            for likeliest_only in (False, True)[: 1 + self._spares_sampling(bucket)]:
+                yield bucket, self._step(bucket, with_lora, likeliest_only)
+
+    def all_images(self) -> Iterator[tuple[int, StepShape]]:
+        """Every encoding there is, with the number of images."""
+        for images, with_lora in itertools.product(IMAGES_A_CALL, self._lora_variants):
+            yield images, self._images(images, with_lora)
+
+    def _with_lora(self, slots: Collection[int]) -> bool:
+        return self._lora_variants[0] or any(slot >= 0 for slot in slots)
+
+    def _spares_sampling(self, bucket: Bucket) -> bool:
+        """Whether there is a variant for greedy rows: where steps are short enough to feel it."""
+        return self._spare_sampling and not bucket.chunks
+
+    @functools.lru_cache  # noqa: B019 (lives as long as its engine)
+    def _layout(self, bucket: Bucket) -> BatchLayout:
+        return BatchLayout.of(bucket, request_pages=self._request_pages)
+
+    @functools.lru_cache  # noqa: B019
+    def _step(self, bucket: Bucket, with_lora: bool, likeliest_only: bool) -> StepShape:
+        prompts = self._precision.prompts if bucket.chunks else self._precision.weights
+        shape = self._shape(self._layout(bucket), prompts, with_lora=with_lora)
+        return dataclasses.replace(shape, likeliest_only=likeliest_only)
+
+    @functools.lru_cache  # noqa: B019
+    def _scores(self, with_lora: bool) -> StepShape:
+        return self._shape(BatchLayout.of_scores(), self._precision.weights, with_lora=with_lora)
+
+    @functools.lru_cache  # noqa: B019
+    def _images(self, images: int, with_lora: bool) -> StepShape:
+        layout = BatchLayout.of_images(images, vision_tokens=self._spec.vision_tokens_per_image)
+        return self._shape(layout, self._precision.prompts, with_lora=with_lora)
+
+    def _shape(self, layout: BatchLayout, dtype, *, with_lora: bool) -> StepShape:
+        return StepShape(
+            model=self._model,
+            layout=layout,
+            with_lora=with_lora,
+            dtype=dtype,
+            kernel=self._kernel,
+        )

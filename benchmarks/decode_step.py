@@ -16,7 +16,7 @@ from benchmarks import decode_inputs, floors
 from benchmarks.decode_inputs import DTYPE, RANK, Batch, Weights
 from benchmarks.floors import Work
 from benchmarks.gpu import Options, Program, Recorder, require_gpu, run_group
-from benchmarks.shapes import MODELS, ModelShape
+from pallas_kernels.tuning.shapes import MODELS, ModelShape
 from valora_jax.engine import step
 from valora_jax.engine.batch import BatchLayout
 from valora_jax.models.llava15.config import LLAVA_1_5_7B
@@ -88,7 +88,6 @@ class Bench:
             with_lora=lora,
             dtype=np.dtype(DTYPE),
             kernel=impl,
-            likeliest_only=not bucket_of.bucket.chunks,
         )
         step_shape = shape_of(layout=decode_inputs.layout(self.spec, bucket_of))
         image_shape = shape_of(layout=self._image_layout)
@@ -99,10 +98,10 @@ class Bench:
                 features_FD = step.encode_images(
                     image_shape, leaves, features_FD, adapters, *images
                 )
-            kv, state, hidden_TD, _ = step.decoder_step(
+            kv, state, outputs = step.decoder_step(
                 step_shape, leaves, kv, state, features_FD, adapters, packed
             )
-            return (kv, state, features_FD), hidden_TD
+            return (kv, state, features_FD), outputs
 
         return run
 
@@ -150,9 +149,9 @@ def _with_adapters(batch: Batch, adapters: int) -> Batch:
     )
 
 
-def _unless_finite(returned: tuple[Any, jax.Array]) -> float:
+def _unless_finite(returned: tuple[Any, step.StepOutputs]) -> float:
     """Random weights have no right answer, but a wrong read shows as NaN sooner or later."""
-    return 0.0 if bool(jnp.isfinite(returned[1]).all()) else float("nan")
+    return 0.0 if bool(jnp.isfinite(returned[1].logits_SV).all()) else float("nan")
 
 
 def groups(bench: Bench, options: Options) -> Iterator[Iterator[Program]]:

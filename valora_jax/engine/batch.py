@@ -30,9 +30,9 @@ _FLOATS = frozenset(
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class BatchLayout:
-    """Names and shapes of a step's fields, in the order of the buffer."""
+    """Names and shapes of a step's fields, in the order of the buffer; equal to itself only."""
 
     shapes: Mapping[str, tuple[int, ...]]
 

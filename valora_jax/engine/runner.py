@@ -5,8 +5,9 @@ Decides nothing. Calls enqueue work and return; `InFlight.read` waits for its re
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from pallas_kernels.paged_attention import KVPages
 from valora_jax.config import EngineConfig
 from valora_jax.engine import step
 from valora_jax.engine.batch import SCORE_ROWS
+from valora_jax.engine.buckets import Bucket
 from valora_jax.engine.fill import Sources, fill, neutral
 from valora_jax.engine.memory_plan import MemoryPlan
 from valora_jax.engine.precision import Precision, in_dtype
@@ -27,6 +29,13 @@ from valora_jax.engine.shapes import IMAGES_A_CALL, StepShapes
 from valora_jax.lora.heads import TaskHeads, class_logits
 from valora_jax.models.build import parameter_paths, with_weights
 from valora_jax.models.spec import Model, ModelSpec
+
+# What comes back in place.
+_DONATED: Mapping[Callable, tuple[str, ...]] = {
+    step.decoder_step: ("kv", "state"),
+    step.resample: ("state",),
+    step.encode_images: ("features_FD",),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +111,7 @@ class Runner:
         # One slot more than the cache hands out: a warm-up writes there.
         self._scratch_row = config.image_slots * spec.tokens_per_image
         self._features_FD = zeros((self._scratch_row + spec.tokens_per_image, spec.width))
-        self._compiled: dict[tuple[Callable, step.StepShape], Callable] = {}
+        self._compiled: dict[tuple[Callable, Hashable], Callable] = {}
         self._set_counts = jax.jit(SamplerState.with_counts, donate_argnums=0)
 
     def execute(self, plan: Plan) -> InFlight:
@@ -115,12 +124,10 @@ class Runner:
         packed, fields = self._shapes.layout(bucket).buffer()
         neutral(fields, vocab_rows=self._spec.vocab_rows, padding_row=self._padding_row)
         requests = fill(fields, plan, self._sources)
-        shape = self._shapes.step(
-            bucket,
-            slots=slots,
-            likeliest_only=wants_only_likeliest(fields, vocab_rows=self._spec.vocab_rows),
-        )
-        hidden_TD, sampled = self._run(shape, packed)
+        outputs = self._run(self._shapes.step(bucket, slots=slots), packed)
+        hidden_TD, sampled = outputs.hidden_TD, outputs.sampled
+        if not wants_only_likeliest(fields, vocab_rows=self._spec.vocab_rows):
+            sampled = self._resample(bucket, outputs.logits_SV, packed)
         jax.tree.map(lambda x: x.copy_to_host_async(), sampled)
         scores = None
         if any(chunk.request.needs_prompt_logits for chunk in chunks):
@@ -162,40 +169,83 @@ class Runner:
         self._state = self._set_counts(self._state, np.int32(row), count_V, in_prompt_V)
 
     def warm_up(self, progress: Callable[[int, int], None]) -> None:
-        """Compiles every shape by running it on nothing; `progress(done, all)` after each."""
+        """Compiles every shape, then runs each on nothing; `progress(done, all)` on the way."""
         steps, images = list(self._shapes.all_steps()), list(self._shapes.all_images())
-        total = len(steps) + len(images)
-        for done, (bucket, shape) in enumerate(steps):
-            progress(done, total)
+        self._compile_together(steps, images, progress)
+        for bucket, shape in steps:
             packed, fields = shape.layout.buffer()
             neutral(fields, vocab_rows=self._spec.vocab_rows, padding_row=self._padding_row)
-            hidden_TD, _ = self._run(shape, packed)
+            outputs = self._run(shape, packed)
+            self._resample(bucket, outputs.logits_SV, packed)
             adapter_T = np.full(bucket.tokens, 0 if shape.with_lora else -1, np.int32)
-            self._score(hidden_TD, adapter_T, np.zeros_like(adapter_T), tokens=1)
+            self._score(outputs.hidden_TD, adapter_T, np.zeros_like(adapter_T), tokens=1)
             if self._adapters:
-                block = _block(hidden_TD, np.int32(0))
+                block = _block(outputs.hidden_TD, np.int32(0))
                 _classify(block, self._adapters.task_heads, np.zeros(SCORE_ROWS, np.int32))
-        for done, (n, shape) in enumerate(images, len(steps)):
-            progress(done, total)
+        for n, shape in images:
             pixels = np.zeros((n, *self._spec.pixel_shape), np.float32)
             self._encode(pixels, [self._scratch_row] * n, [0 if shape.with_lora else -1] * n)
         row, counts_V = np.int32(self._padding_row), np.zeros(self._spec.vocab_rows, np.int32)
         self._state = self._set_counts(self._state, row, counts_V, counts_V.astype(bool))
         jax.block_until_ready((self._kv, self._features_FD, self._state))
-        progress(total, total)
 
-    def _run(self, shape: step.StepShape, packed: np.ndarray) -> tuple[jax.Array, Sampled]:
-        """Enqueues a step; returns its hidden states and its samples."""
-        run = self._compile(step.decoder_step, shape, donate=("kv", "state"))
-        self._kv, self._state, hidden_TD, sampled = run(
-            self._leaves[shape.dtype],
+    def _compile_together(
+        self,
+        steps: Sequence[tuple[Bucket, step.StepShape]],
+        images: Sequence[tuple[int, step.StepShape]],
+        progress: Callable[[int, int], None],
+    ) -> None:
+        """Compiles in as many threads as there are cores; tracing takes turns."""
+        calls: list[tuple[Callable, step.StepShape, dict[str, Any]]] = [
+            (step.decoder_step, shape, self._step_arguments(shape, shape.layout.buffer()[0]))
+            for _, shape in steps
+        ]
+        for n, shape in images:
+            pixels = np.zeros((n, *self._spec.pixel_shape), np.float32)
+            arguments = self._image_arguments(shape, pixels, shape.layout.buffer()[0])
+            calls.append((step.encode_images, shape, arguments))
+        compiling = {}
+        with ThreadPoolExecutor() as pool:
+            for done, (function, shape, arguments) in enumerate(calls):
+                progress(done, 2 * len(calls))
+                lowered = self._compile(function, shape).lower(**arguments)
+                compiling[pool.submit(lowered.compile)] = function, shape
+            for done, future in enumerate(as_completed(compiling), len(calls) + 1):
+                self._compiled[compiling[future]] = future.result()
+                progress(done, 2 * len(calls))
+
+    def _step_arguments(self, shape: step.StepShape, packed: np.ndarray) -> dict[str, Any]:
+        return dict(
+            leaves=self._leaves[shape.dtype],
             kv=self._kv,
             state=self._state,
             features_FD=self._features_FD,
             adapters=self._arrays(shape),
             packed=packed,
         )
-        return hidden_TD, sampled
+
+    def _image_arguments(
+        self, shape: step.StepShape, pixels_I3hw: np.ndarray, packed: np.ndarray
+    ) -> dict[str, Any]:
+        return dict(
+            leaves=self._leaves[shape.dtype],
+            features_FD=self._features_FD,
+            adapters=self._arrays(shape),
+            pixels_I3hw=pixels_I3hw,
+            packed=packed,
+        )
+
+    def _run(self, shape: step.StepShape, packed: np.ndarray) -> step.StepOutputs:
+        """Enqueues a step."""
+        run = self._compile(step.decoder_step, shape)
+        self._kv, self._state, outputs = run(**self._step_arguments(shape, packed))
+        return outputs
+
+    def _resample(self, bucket: Bucket, logits_SV: jax.Array, packed: np.ndarray) -> Sampled:
+        """Enqueues the sampling of a step's rows, in place of their likeliest tokens."""
+        run = self._compile(step.resample, self._shapes.layout(bucket))
+        self._state, sampled = run(state=self._state, logits_SV=logits_SV, packed=packed)
+        return sampled
 
     def _score(
         self, hidden_TD: jax.Array, adapter_T: np.ndarray, target_T: np.ndarray, *, tokens: int
@@ -211,7 +261,7 @@ class Runner:
             fields["adapter"][: rows.stop - start] = adapter_T[rows]
             fields["target"][: rows.stop - start] = target_T[rows]
             logits_TV, following = run(
-                self._leaves[shape.dtype],
+                leaves=self._leaves[shape.dtype],
                 adapters=self._arrays(shape),
                 hidden_TD=_block(hidden_TD, np.int32(start)),
                 packed=packed,
@@ -231,22 +281,17 @@ class Runner:
         packed, fields = shape.layout.buffer()
         fields["first_row"][:] = rows
         fields["adapter"][:] = np.repeat(adapters, self._spec.vision_tokens_per_image)
-        self._features_FD = self._compile(step.encode_images, shape, donate=("features_FD",))(
-            self._leaves[shape.dtype],
-            features_FD=self._features_FD,
-            adapters=self._arrays(shape),
-            pixels_I3hw=pixels_I3hw,
-            packed=packed,
-        )
+        run = self._compile(step.encode_images, shape)
+        self._features_FD = run(**self._image_arguments(shape, pixels_I3hw, packed))
 
-    def _compile(self, function: Callable, shape: step.StepShape, donate=()) -> Callable:
+    def _compile(self, function: Callable, shape: Hashable) -> Any:
         if (compiled := self._compiled.get((function, shape))) is None:
 
-            def traced(leaves, **arrays):
+            def traced(**arrays):
                 self.traces += 1
-                return function(shape, leaves, **arrays)
+                return function(shape, **arrays)
 
-            compiled = jax.jit(traced, donate_argnames=donate)
+            compiled = jax.jit(traced, donate_argnames=_DONATED.get(function, ()))
             self._compiled[function, shape] = compiled
         return compiled
 

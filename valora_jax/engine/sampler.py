@@ -1,10 +1,9 @@
 """Chooses the next token of each row on the device: penalties, temperature, filters, one draw.
 
 Everything that only some requests want runs under a condition, so that a batch pays for what its
-rows want. A batch that wants nothing but the likeliest token can have a step without conditions:
-on a GPU each one waits for the host. S sampled rows, V vocabulary rows, R state rows (one a
-running request, and a last one that padding uses), X banned tokens a row, K the most
-log-probabilities.
+rows want. A batch of greedy rows needs no condition at all: on a GPU each one waits for the host.
+S sampled rows, V vocabulary rows, R state rows (one a running request, and a last one that padding
+uses), X banned tokens a row, K the most log-probabilities.
 """
 
 import dataclasses

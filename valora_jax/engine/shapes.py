@@ -1,9 +1,5 @@
-"""What steps are compiled for on this device: buckets, and the variants of each.
+"""What steps are compiled for on this device: buckets, each with and without adapters."""
 
-A variant leaves out what no row of a step wants: adapters, or all of sampling but the argmax.
-"""
-
-import dataclasses
 import functools
 import itertools
 from collections.abc import Collection, Iterator
@@ -49,19 +45,15 @@ class StepShapes:
         self._kernel: Kernel = automatic if config.kernels == "auto" else config.kernels
         self._model, self._spec, self._precision = model, spec, precision
         self._request_pages = request_pages
-        # Fewer variants on a CPU: loops over nobody's adapters end at once there, and a condition
-        # costs nothing; elsewhere both cost launches, and a condition may wait for the host.
+        # With nobody's adapter in it, a step without LoRA saves launches; on a CPU it saves nothing
+        # worth compiling every shape twice for.
         self._lora_variants = (False,)
         if with_adapters:
             self._lora_variants = (True,) if platform == "cpu" else (False, True)
-        self._spare_sampling = platform != "cpu"
 
-    def step(
-        self, bucket: Bucket, *, slots: Collection[int], likeliest_only: bool = False
-    ) -> StepShape:
+    def step(self, bucket: Bucket, *, slots: Collection[int]) -> StepShape:
         """The step for rows of these adapter slots, -1 for the base model."""
-        likeliest_only = likeliest_only and self._spares_sampling(bucket)
-        return self._step(bucket, self._with_lora(slots), likeliest_only)
+        return self._step(bucket, self._with_lora(slots))
 
     def scores(self, *, slots: Collection[int]) -> StepShape:
         """The scoring of a block of rows."""
@@ -82,8 +74,7 @@ class StepShapes:
     def all_steps(self) -> Iterator[tuple[Bucket, StepShape]]:
         """Every step there is."""
         for bucket, with_lora in itertools.product(self._buckets, self._lora_variants):
-            for likeliest_only in (False, True)[: 1 + self._spares_sampling(bucket)]:
-                yield bucket, self._step(bucket, with_lora, likeliest_only)
+            yield bucket, self._step(bucket, with_lora)
 
     def all_images(self) -> Iterator[tuple[int, StepShape]]:
         """Every encoding there is, with the number of images."""
@@ -93,19 +84,14 @@ class StepShapes:
     def _with_lora(self, slots: Collection[int]) -> bool:
         return self._lora_variants[0] or any(slot >= 0 for slot in slots)
 
-    def _spares_sampling(self, bucket: Bucket) -> bool:
-        """Whether there is a variant for greedy rows: where steps are short enough to feel it."""
-        return self._spare_sampling and not bucket.chunks
-
     @functools.lru_cache  # noqa: B019 (lives as long as its engine)
     def _layout(self, bucket: Bucket) -> BatchLayout:
         return BatchLayout.of(bucket, request_pages=self._request_pages)
 
     @functools.lru_cache  # noqa: B019
-    def _step(self, bucket: Bucket, with_lora: bool, likeliest_only: bool) -> StepShape:
-        prompts = self._precision.prompts if bucket.chunks else self._precision.weights
-        shape = self._shape(self._layout(bucket), prompts, with_lora=with_lora)
-        return dataclasses.replace(shape, likeliest_only=likeliest_only)
+    def _step(self, bucket: Bucket, with_lora: bool) -> StepShape:
+        dtype = self._precision.prompts if bucket.chunks else self._precision.weights
+        return self._shape(self._layout(bucket), dtype, with_lora=with_lora)
 
     @functools.lru_cache  # noqa: B019
     def _scores(self, with_lora: bool) -> StepShape:

@@ -1,4 +1,4 @@
-"""The compiled functions of the engine: one decoder step, scoring of its tokens, image features.
+"""The compiled functions of the engine: a decoder step, sampling, scores, image features.
 
 Pure: weights, adapters, cache and batch come as arguments and go back as results. `StepShape` is
 what is fixed when a function is traced. T tokens, D model width, S sampled rows, V vocabulary rows,
@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels.lora_matmul import Implementation as Kernel
-from pallas_kernels.lora_matmul import LoraPool
+from pallas_kernels.lora_matmul import LoraPool, Segments
 from pallas_kernels.paged_attention import Chunks, Decodes, KVPages
 from valora_jax.engine.batch import BatchLayout
 from valora_jax.engine.sampler import (
@@ -69,7 +69,6 @@ class StepShape:
       with_lora: whether rows may bring adapters.
       dtype: of the arithmetic; the cache and the weights have their own.
       kernel: which implementation of LoRA and attention runs.
-      likeliest_only: whether rows want nothing but their likeliest token.
     """
 
     model: ModelShape
@@ -77,7 +76,20 @@ class StepShape:
     with_lora: bool
     dtype: np.dtype
     kernel: Kernel
-    likeliest_only: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutputs:
+    """Attributes:
+    hidden_TD: after the final norm.
+    logits_SV: float32, of the rows that end a request's known tokens.
+    sampled: their likeliest tokens, without log-probabilities.
+    """
+
+    hidden_TD: jax.Array
+    logits_SV: jax.Array
+    sampled: Sampled
 
 
 def decoder_step(
@@ -88,10 +100,10 @@ def decoder_step(
     features_FD: jax.Array,
     adapters: AdapterArrays | None,
     packed: jax.Array,
-) -> tuple[KVPages, SamplerState, jax.Array, Sampled]:
-    """Computes a step's tokens and samples from those rows that end one.
+) -> tuple[KVPages, SamplerState, StepOutputs]:
+    """Computes a step's tokens, and takes the likeliest next token of those rows that end one.
 
-    Donate `kv` and `state`. Returns them anew, the hidden states `[T, D]`, and what was sampled.
+    Donate `kv` and `state`, which come back.
     """
     fields = shape.layout.unpack(packed)
     model = shape.model.merge(leaves)
@@ -105,11 +117,17 @@ def decoder_step(
     index_S = fields["sample_index"]
     hidden_SD, adapter_S = hidden_TD[index_S], fields["adapter"][index_S]
     logits_SV = _logits(shape, model, adapters, hidden_SD, adapter_S)
-    if shape.likeliest_only:
-        sampled, state = sample_likeliest(logits_SV, state, fields["state_row"])
-    else:
-        sampled, state = sample(logits_SV, state, fields)
-    return cursor.kv, state, hidden_TD, sampled
+    sampled, state = sample_likeliest(logits_SV, state, fields["state_row"])
+    outputs = StepOutputs(hidden_TD=hidden_TD, logits_SV=logits_SV, sampled=sampled)
+    return cursor.kv, state, outputs
+
+
+def resample(
+    layout: BatchLayout, state: SamplerState, logits_SV: jax.Array, packed: jax.Array
+) -> tuple[SamplerState, Sampled]:
+    """Samples a step's rows as their requests want it; donate `state`, which comes back."""
+    sampled, state = sample(logits_SV, state, layout.unpack(packed))
+    return state, sampled
 
 
 def score(
@@ -136,7 +154,7 @@ def encode_images(
 ) -> jax.Array:
     """Writes the features of images to their slots; donate `features_FD`, which comes back."""
     fields = shape.layout.unpack(packed)
-    lora = _lora(shape, adapters, fields["adapter"])
+    lora = _lora(shape, adapters, fields["adapter"], segments="few")  # one an image at most
     pixels_I3hw = pixels_I3hw.astype(shape.dtype)
     features_IXD = shape.model.merge(leaves).encode_images(pixels_I3hw, lora=lora)
     for i in range(pixels_I3hw.shape[0]):
@@ -163,7 +181,11 @@ def _logits(
 
 
 def _lora(
-    shape: StepShape, adapters: AdapterArrays | None, adapter_T: jax.Array
+    shape: StepShape,
+    adapters: AdapterArrays | None,
+    adapter_T: jax.Array,
+    *,
+    segments: Segments = "any",
 ) -> LoraBatch | None:
     if adapters is None or not shape.with_lora:
         return None
@@ -172,6 +194,7 @@ def _lora(
         pools=adapters.pools,
         biases_LSE=adapters.biases_LSE,
         implementation=shape.kernel,
+        segments=segments,
     )
 
 

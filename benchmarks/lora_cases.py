@@ -32,8 +32,9 @@ RTOL = 2**-5
 # What a server without tuning would take: one tile for all shapes.
 FIXED_TILE = LoraTile(
     block_rows=64,
-    shrink=ShrinkTile(block_k=32, block_ranks=64, splits=1, warps=4, stages=3, programs=264),
-    expand=ExpandTile(block_columns=64, block_ranks=32, warps=4, stages=3, programs=264),
+    row_programs=264,
+    shrink=ShrinkTile(block_k=32, block_ranks=64, rank_programs=1, splits=1, warps=4, stages=3),
+    expand=ExpandTile(block_columns=64, block_ranks=32, warps=4, stages=3),
 )
 
 

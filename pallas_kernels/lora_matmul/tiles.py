@@ -6,7 +6,7 @@ import math
 SHARED_MEMORY_BYTES = 227 * 1024  # a program's on Hopper
 
 # Streaming multiprocessors by the name of the device; an unknown one gets an H100's number, which
-# is never wrong: programs loop over the work, whatever their number.
+# is never wrong: it only says how finely to cut.
 _MULTIPROCESSORS = {"A100": 108, "H100 PCIe": 114, "H100": 132, "H200": 132, "B200": 148}
 
 
@@ -16,20 +16,20 @@ class ShrinkTile:
 
     Attributes:
       block_k: input columns of one step.
-      block_ranks: ranks of one work item.
-      splits: into how many ranges the input columns are cut; their sums are added up in the
-        expand, in order.
+      block_ranks: ranks multiplied at once.
+      rank_programs: that share the blocks of ranks of a row tile in turn.
+      splits: into how many ranges the input columns are cut at most; their sums are added up in
+        the expand, in order.
       warps: of 32 threads, a program.
       stages: steps whose loads are in flight.
-      programs: launched at most; each loops over work items.
     """
 
     block_k: int
     block_ranks: int
+    rank_programs: int
     splits: int
     warps: int
     stages: int
-    programs: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,14 +40,19 @@ class ExpandTile:
     block_ranks: int
     warps: int
     stages: int
-    programs: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LoraTile:
-    """Both kernels' cuts; `block_rows` is the height of a row tile in either."""
+    """Both kernels' cuts.
+
+    Attributes:
+      block_rows: the height of a row tile.
+      row_programs: along the rows, at most; each does every so many-th row tile.
+    """
 
     block_rows: int
+    row_programs: int
     shrink: ShrinkTile
     expand: ExpandTile
 
@@ -72,28 +77,28 @@ def lora_tile(*, rows: int, width: int, columns: int, device: str | None = None)
     kinds = (count for name, count in _MULTIPROCESSORS.items() if name in (device or ""))
     multiprocessors = next(kinds, _MULTIPROCESSORS["H100"])
     height = block_rows(rows)
-    decode = ShrinkTile(
-        block_k=256, block_ranks=32, splits=8, warps=4, stages=3, programs=2 * multiprocessors
-    )
+    row_tiles = math.ceil(rows / height)
+    # Programs side by side have ranks of their own in a decode, which costs the expand nothing,
+    # rather than input columns, whose sums each of its programs reads again.
+    decode = ShrinkTile(block_k=256, block_ranks=16, rank_programs=4, splits=4, warps=4, stages=3)
     shrink = {
         16: decode,
-        32: dataclasses.replace(decode, block_k=128),
-        64: dataclasses.replace(decode, block_k=64, block_ranks=64, splits=4, stages=4),
+        32: dataclasses.replace(decode, block_k=128, block_ranks=32, rank_programs=2),
+        64: dataclasses.replace(decode, block_k=64, block_ranks=64, rank_programs=1, stages=6),
     }[height]
     block_k = max(16, min(shrink.block_k, power_of_two(width)))
-    # Each program of the expand reads all sums of its rows again, so no more splits than it takes
-    # to give every multiprocessor an item; the rows of decodes are too few to matter.
-    splits = min(max(1, multiprocessors // math.ceil(rows / height)), shrink.splits)
+    splits = min(max(1, multiprocessors // (2 * row_tiles)), shrink.splits)
     return LoraTile(
         block_rows=height,
+        # One for each row of a decode, as each may bring another adapter; more than there is work
+        # for cost a prompt time.
+        row_programs=min(rows, 64) if rows < 256 else row_tiles + 8,
         shrink=dataclasses.replace(shrink, block_k=block_k, splits=splits),
         expand=ExpandTile(
             block_columns=max(16, min(128, power_of_two(columns))),
             block_ranks=64,
-            # At 64 rows, 4 warps or 256 columns take so many registers that no second program fits.
-            warps=8 if height == 64 else 4,
+            warps=4,
             stages=1 if height == 64 else 2,
-            programs=4 * multiprocessors,
         ),
     )
 
@@ -118,11 +123,13 @@ def refusals(tile: LoraTile, *, itemsize: int) -> list[str]:
         for name, size in blocks.items()
         if size < 16 or size != power_of_two(size)
     ]
-    counts = dict(splits=shrink.splits)
+    counts = dict(
+        row_programs=tile.row_programs, rank_programs=shrink.rank_programs, splits=shrink.splits
+    )
     for kernel, cut in (("shrink", shrink), ("expand", expand)):
         if cut.warps not in (1, 2, 4, 8, 16):
             found.append(f"{kernel} warps={cut.warps} is not 1, 2, 4, 8 or 16")
-        counts |= {f"{kernel} stages": cut.stages, f"{kernel} programs": cut.programs}
+        counts[f"{kernel} stages"] = cut.stages
     found += [f"{name}={count} is not at least 1" for name, count in counts.items() if count < 1]
     for name, needed in shared_memory_bytes(tile, itemsize=itemsize).items():
         if needed > SHARED_MEMORY_BYTES:

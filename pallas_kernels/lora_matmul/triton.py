@@ -1,20 +1,23 @@
 """The LoRA operator for NVIDIA GPUs, in Pallas-Triton: two launches for all parts of a product.
 
-    shrink  h_UC[u * T + t, ranks] = x_TD[t, range u of D] @ A_RD[ranks, range u of D]^T
-    expand  y_TE[t] += (scale * sum over u of h_UC[u * T + t, ranks]) @ B_RE[ranks]
+    shrink  h_UC[u * T + t, ranks] = scale * x_TD[t, range u of D] @ A_RD[ranks, range u of D]^T
+    expand  y_TE[t] += (sum over u of h_UC[u * T + t, ranks]) @ B_RE[ranks]
 
 A row tile's ranks in a part are those of the adapter it adds, page by page, then those of the one
-it subtracts: one list, so that both branches share a block. Each launch has a fixed number of
-programs, which loop over as much work as there is: tiles, ranks and adapters are run-time data,
-and absent ones cost nothing. Partial sums are added in order: equal inputs give equal bits.
+it subtracts: one list, so that both branches share a block. Which ranges and columns a program
+multiplies is known from its place in the grid, and one row of a table says everything about its row
+tile: a decode is bound by the loads that wait for each other, each of which may come from DRAM.
+Tiles, ranks and adapters are run-time data. Partial sums are added in order: equal inputs give
+equal bits.
 
-N parts, M row tiles, J = N * M lists of Q pages, U splits * T rows of partial sums, C = N * Q * 16
-rank columns; other letters as in `api` and `layout`. Lower case is one block: t rows, d input
-columns, r ranks, e output columns.
+M row tiles, X numbers about one in a part, U splits * T rows of partial sums, C rank columns of all
+parts; other letters as in `api` and `layout`. Lower case is one block: t rows, d input columns, r
+ranks, e output columns.
 """
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +26,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.lora_matmul.layout import PAGE_RANKS, LoraPool, RowTiles
 from pallas_kernels.lora_matmul.tiles import (
+    ExpandTile,
     LoraTile,
-    ShrinkTile,
     lora_tile,
     power_of_two,
     refusals,
@@ -36,27 +39,27 @@ MAX_RANK = 256
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _RankLists:
-    """The pages whose ranks each tile multiplies in each part. Lists are part after part.
+class _Tile(NamedTuple):
+    """A row tile in one part, as a kernel reads it from the part's table.
 
     Attributes:
-      page_F: `[J * Q]` int32, Q places a list; those after its end hold anything.
-      pages_J: `[J]` int32 pages in a list, 0 for tiles that are not in use.
-      plus_J: `[J]` int32 how many of them, the first ones, are of the adapter that is added.
-      longest: scalar int32, the most pages of a list.
+      first, rows: its rows; none if the tile is not in use.
+      pages: in its list, 0 for none.
+      plus_pages: how many of them, the first ones, are of the adapter that is added.
+      plus, minus: slots of the adapter that is added, and of the one that is subtracted.
+      page_r: page of each rank of the program's first block.
     """
 
-    page_F: jax.Array
-    pages_J: jax.Array
-    plus_J: jax.Array
-    longest: jax.Array
+    first: jax.Array
+    rows: jax.Array
+    pages: jax.Array
+    plus_pages: jax.Array
+    plus: jax.Array
+    minus: jax.Array
+    page_r: jax.Array
 
-    @property
-    def most_ranks(self) -> int:
-        """Ranks of a list that is full: the rank columns of one part."""
-        return self.page_F.shape[0] // self.pages_J.shape[0] * PAGE_RANKS
+
+_FIELDS = 8  # numbers before the page ids of a row of a table: those of `_Tile`, and a space
 
 
 # Under a jit of its own, with the layer as an operand, a step of many layers traces and lowers this
@@ -78,10 +81,15 @@ def lora_matmul(
         tile = lora_tile(rows=T, width=D, columns=E)
         tile = dataclasses.replace(tile, block_rows=max(16, power_of_two(tiles.block_rows)))
     _check(x_TD, y_TE, tiles, tile)
+    most_pages = min(MAX_RANK // PAGE_RANKS, max(pool.page_SW.shape[1] for pool in pools))
     block_pages = max(tile.shrink.block_ranks, tile.expand.block_ranks) // PAGE_RANKS
-    lists = _rank_lists(pools, tiles, block_pages=block_pages)
-    h_UC = _shrink(x_TD, pools, tiles, lists, layer, tile=tile)
-    return _expand(y_TE, h_UC, pools, tiles, lists, layer, columns=columns, tile=tile)
+    list_pages = pl.cdiv(2 * most_pages, block_pages) * block_pages
+    # The kernels read the page ids of a program's next block before they know if there is one.
+    width = _FIELDS + list_pages + block_pages * tile.shrink.rank_programs
+    tables = tuple(_table(pool, tiles, most_pages=most_pages, width=width) for pool in pools)
+    list_ranks = list_pages * PAGE_RANKS
+    h_UC = _shrink(x_TD, pools, tables, layer, list_ranks=list_ranks, tile=tile)
+    return _expand(y_TE, h_UC, pools, tables, layer, columns=columns, tile=tile)
 
 
 def _check(x_TD: jax.Array, y_TE: jax.Array, tiles: RowTiles, tile: LoraTile) -> None:
@@ -99,106 +107,148 @@ def _check(x_TD: jax.Array, y_TE: jax.Array, tiles: RowTiles, tile: LoraTile) ->
         raise ValueError(f"{tile} is not legal: " + "; ".join(faults))
 
 
-def _rank_lists(pools: tuple[LoraPool, ...], tiles: RowTiles, *, block_pages: int) -> _RankLists:
-    """Joins the pages of each tile's branches; the same in all layers."""
-    # All parts at once: these are launches of their own, once a step.
-    most = min(MAX_RANK // PAGE_RANKS, max(pool.page_SW.shape[1] for pool in pools))
-    pages_NS = jnp.stack([jnp.minimum(pool.pages_S, most) for pool in pools])
-    page_NSW = jnp.stack([_cut_or_padded(pool.page_SW, most) for pool in pools])
-    q_Q = jnp.arange(pl.cdiv(2 * most, block_pages) * block_pages)
-    in_use_M = jnp.arange(tiles.first_M.shape[0]) < tiles.count
+def _table(pool: LoraPool, tiles: RowTiles, *, most_pages: int, width: int) -> jax.Array:
+    """All that the kernels ask about each row tile in a part, in one row: one load away.
 
-    def pages_of(slot_M):
-        pages_NM = pages_NS.at[:, slot_M].get(mode="clip")
-        return jnp.where(in_use_M & (slot_M >= 0), pages_NM, 0)
-
-    plus_NM, minus_NM = pages_of(tiles.plus_M), pages_of(tiles.minus_M)
-    plus_NMQ = jnp.broadcast_to(plus_NM[..., None], (*plus_NM.shape, q_Q.shape[0]))
-    of_plus_NMQ = q_Q < plus_NMQ
-    slot_NMQ = jnp.where(of_plus_NMQ, tiles.plus_M[:, None], tiles.minus_M[:, None])
-    at_NMQ = jnp.where(of_plus_NMQ, q_Q, q_Q - plus_NMQ)
-    part_NMQ = jnp.arange(len(pools))[:, None, None]
-    page_NMQ = page_NSW.at[part_NMQ, slot_NMQ, at_NMQ].get(mode="clip")
-    pages_NM = plus_NM + minus_NM
-    return _RankLists(
-        page_F=page_NMQ.reshape(-1),
-        pages_J=pages_NM.reshape(-1),
-        plus_J=plus_NM.reshape(-1),
-        longest=jnp.max(pages_NM),
+    Returns `[M + 1, X]` int32: the numbers of a `_Tile`, a space, then the page ids of the tile's
+    list; after its end they are anything. Tiles that are not in use, and the last row, have no rows
+    and no pages. The same in all layers, so that XLA makes it once a step.
+    """
+    in_use_M = jnp.arange(tiles.first_M.shape[0] + 1) < tiles.count
+    first_M, len_M, plus_M, minus_M = (
+        jnp.pad(of_tile, (0, 1), constant_values=-1)
+        for of_tile in (tiles.first_M, tiles.len_M, tiles.plus_M, tiles.minus_M)
     )
 
+    def pages_of(slot_M):
+        pages_M = jnp.minimum(pool.pages_S.at[slot_M].get(mode="clip"), most_pages)
+        return jnp.where(in_use_M & (slot_M >= 0), pages_M, 0)
 
-def _cut_or_padded(page_SW: jax.Array, width: int) -> jax.Array:
-    return jnp.pad(page_SW[:, :width], ((0, 0), (0, max(0, width - page_SW.shape[1]))))
+    plus_pages_M, minus_pages_M = pages_of(plus_M), pages_of(minus_M)
+    q_X = jnp.arange(width) - _FIELDS
+    of_plus_MX = q_X < plus_pages_M[:, None]
+    slot_MX = jnp.where(of_plus_MX, plus_M[:, None], minus_M[:, None])
+    at_MX = jnp.where(of_plus_MX, q_X, q_X - plus_pages_M[:, None])
+    table_MX = pool.page_SW.at[slot_MX, at_MX].get(mode="clip")
+    fields = dict(
+        first=first_M,
+        rows=jnp.where(in_use_M, len_M, 0),
+        pages=plus_pages_M + minus_pages_M,
+        plus_pages=plus_pages_M,
+        plus=jnp.maximum(plus_M, 0),
+        minus=jnp.maximum(minus_M, 0),
+    )
+    for name, of_tile_M in fields.items():
+        column = _Tile._fields.index(name) - _FIELDS
+        table_MX = jnp.where(q_X == column, of_tile_M[:, None], table_MX)
+    return table_MX
 
 
-def _shrink(x_TD, pools, tiles, lists, layer, *, tile) -> jax.Array:
+def _shrink(x_TD, pools, tables, layer, *, list_ranks: int, tile: LoraTile) -> jax.Array:
     """Launches the shrink; sums of rows and ranks that do not exist are left unwritten."""
-    (T, D), lists_count, cut = x_TD.shape, lists.pages_J.shape[0], tile.shrink
-    splits = min(cut.splits, pl.cdiv(D, cut.block_k))
-    most_items = lists_count * splits * (lists.most_ranks // cut.block_ranks)
+    (T, D), cut = x_TD.shape, tile.shrink
+    steps = pl.cdiv(D, cut.block_k)
+    split_steps = pl.cdiv(steps, cut.splits)
+    splits = pl.cdiv(steps, split_steps)
+    row_programs = min(tile.row_programs, tables[0].shape[0] - 1)
     body = functools.partial(
         _shrink_body,
         pages=tuple(_pages(pool) for pool in pools),
+        list_ranks=list_ranks,
+        split_steps=split_steps,
         block_rows=tile.block_rows,
-        cut=dataclasses.replace(cut, splits=splits),
+        cut=cut,
     )
+    h_dtype = x_TD.dtype if splits == 1 else jnp.float32
+    a_refs, scale_refs = (tuple(getattr(p, name) for p in pools) for name in ("a_RD", "scale_LS"))
     return pl.pallas_call(
         body,
-        out_shape=jax.ShapeDtypeStruct((splits * T, len(pools) * lists.most_ranks), jnp.float32),
-        grid=(min(cut.programs, most_items),),
+        out_shape=jax.ShapeDtypeStruct((splits * T, len(pools) * list_ranks), h_dtype),
+        # Neighbouring programs share rows of x.
+        grid=(len(pools) * cut.rank_programs, splits, row_programs),
         compiler_params=plgpu.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
         name="lora_shrink",
-    )(layer, tiles, lists, x_TD, tuple(pool.a_RD for pool in pools))
+    )(layer, x_TD, tables, a_refs, scale_refs)
 
 
-def _shrink_body(layer, tiles, lists, x_TD, a_refs, h_UC, *, pages, block_rows, cut: ShrinkTile):
-    T, parts, M = x_TD.shape[0], len(a_refs), tiles.first_M.shape[0]
-    blocks = pl.cdiv(lists.longest[...] * PAGE_RANKS, cut.block_ranks)
+def _shrink_body(
+    layer,
+    x_TD,
+    tables,
+    a_refs,
+    scale_refs,
+    h_UC,
+    *,
+    pages,
+    list_ranks,
+    split_steps,
+    block_rows,
+    cut,
+):
+    part_block, split, first_m = (pl.program_id(axis) for axis in range(3))
+    T, row_programs = x_TD.shape[0], pl.num_programs(2)
+    part = jax.lax.div(part_block, cut.rank_programs)
+    first_block = jax.lax.rem(part_block, cut.rank_programs)
+    for i, (table_MX, a_RD, scale_LS) in enumerate(zip(tables, a_refs, scale_refs, strict=True)):
 
-    def multiply(item):
-        # Neighbouring programs share rows of x.
-        item, split = item // cut.splits, item % cut.splits
-        item, block = item // blocks, item % blocks
-        m, part = item // parts, item % parts
-        j = part * M + m
-        rank_r, page_r, in_list_r = _ranks(lists, j, block, block_ranks=cut.block_ranks)
-        row_t, in_tile_t = _rows(tiles, m, block_rows=block_rows)
-        for i, a_RD in enumerate(a_refs):
+        def multiply(of: _Tile, m, *, i=i, table_MX=table_MX, a_RD=a_RD, scale_LS=scale_LS):
+            row_t, in_tile_t = _rows(of, block_rows=block_rows)
+            plus_scale, minus_scale = scale_LS[layer[...], of.plus], scale_LS[layer[...], of.minus]
 
-            @pl.when((part == i) & (block * cut.block_ranks < lists.pages_J[j] * PAGE_RANKS))
-            def _(i=i, a_RD=a_RD):
-                row_r = (layer[...] * pages[i] + page_r) * PAGE_RANKS + rank_r % PAGE_RANKS
+            def multiply_ranks(n, page_r):
+                k = first_block + n * cut.rank_programs
+                next_k = k + cut.rank_programs
+                next_page_r = _page_ids(table_MX, m, next_k, block_ranks=cut.block_ranks)
+                rank_r, in_list_r = _ranks(of, k, block_ranks=cut.block_ranks)
+                row_r = _pool_rows(page_r, rank_r, layer=layer, pages=pages[i])
                 h_tr = _dot_over_inputs(
-                    x_TD, a_RD, row_t, row_r, in_tile_t, in_list_r, split=split, cut=cut
+                    x_TD,
+                    a_RD,
+                    (row_t[:, None], row_r[:, None]),
+                    (in_tile_t[:, None], in_list_r[:, None]),
+                    first_step=split * split_steps,
+                    steps=split_steps,
+                    block_k=cut.block_k,
                 )
-                at_t, at_r = split * T + row_t, i * lists.most_ranks + rank_r
-                plgpu.store(h_UC.at[at_t[:, None], at_r[None, :]], h_tr, mask=in_tile_t[:, None])
+                of_plus_r = rank_r < of.plus_pages * PAGE_RANKS
+                h_tr *= jnp.where(of_plus_r, plus_scale, -minus_scale)[None, :]
+                at_t, at_r = split * T + row_t, i * list_ranks + rank_r
+                h_at = h_UC.at[at_t[:, None], at_r[None, :]]
+                plgpu.store(h_at, h_tr.astype(h_UC.dtype), mask=in_tile_t[:, None])
+                return next_page_r
 
-    _for_each_item(tiles.count[...] * parts * blocks * cut.splits, multiply)
+            blocks = pl.cdiv(of.pages * PAGE_RANKS, cut.block_ranks)
+            steps = pl.cdiv(blocks - first_block, cut.rank_programs)
+            jax.lax.fori_loop(0, steps, multiply_ranks, of.page_r)
+
+        @pl.when(part == i)
+        def _(multiply=multiply, table_MX=table_MX):
+            read = functools.partial(
+                _read, table_MX, block=first_block, block_ranks=cut.block_ranks
+            )
+            _for_each_tile(read, multiply, first_m, row_programs, tiles=table_MX.shape[0] - 1)
 
 
-def _dot_over_inputs(x_TD, a_RD, row_t, row_r, in_tile_t, in_list_r, *, split, cut: ShrinkTile):
-    """`x @ A^T` over one split of the input columns, `[t, r]` float32."""
+def _dot_over_inputs(x_TD, a_RD, rows, masks, *, first_step, steps: int, block_k: int) -> jax.Array:
+    """`x @ A^T` over some steps of the input columns, `[t, r]` float32; rows and masks of both."""
     D = x_TD.shape[1]
-    steps = pl.cdiv(D, cut.block_k)
 
-    def step(i, h_tr):
-        at_d = i * cut.block_k + jnp.arange(cut.block_k)
-        mask_td, mask_rd = in_tile_t[:, None], in_list_r[:, None]
-        if D % cut.block_k:
-            mask_td, mask_rd = mask_td & (at_d < D)[None, :], mask_rd & (at_d < D)[None, :]
-        x_td = plgpu.load(x_TD.at[row_t[:, None], at_d[None, :]], mask=mask_td, other=0)
-        a_rd = plgpu.load(a_RD.at[row_r[:, None], at_d[None, :]], mask=mask_rd, other=0)
+    def load(ref, row, mask, at_d):
+        if D % (steps * block_k):  # the last split has steps of less, or of nothing
+            mask = mask & (at_d < D)[None, :]
+        return plgpu.load(ref.at[row, at_d[None, :]], mask=mask, other=0)
+
+    def step(n, h_tr):
+        at_d = (first_step + n) * block_k + jnp.arange(block_k)
+        x_td = load(x_TD, rows[0], masks[0], at_d)
+        a_rd = load(a_RD, rows[1], masks[1], at_d)
         return h_tr + _dot(x_td, a_rd.astype(x_td.dtype), contract=(1, 1))
 
-    # Widths need not divide by the splits: some do a step more than others.
-    start, stop = split * steps // cut.splits, (split + 1) * steps // cut.splits
-    zeros_tr = jnp.zeros((row_t.shape[0], row_r.shape[0]), jnp.float32)
-    return jax.lax.fori_loop(start, stop, step, zeros_tr)
+    zeros_tr = jnp.zeros((rows[0].shape[0], rows[1].shape[0]), jnp.float32)
+    return jax.lax.fori_loop(0, steps, step, zeros_tr)
 
 
-def _expand(y_TE, h_UC, pools, tiles, lists, layer, *, columns, tile) -> jax.Array:
+def _expand(y_TE, h_UC, pools, tables, layer, *, columns, tile: LoraTile) -> jax.Array:
     """Launches the expand, in place on `y_TE`."""
     cut = tile.expand
     body = functools.partial(
@@ -208,103 +258,117 @@ def _expand(y_TE, h_UC, pools, tiles, lists, layer, *, columns, tile) -> jax.Arr
         block_rows=tile.block_rows,
         cut=cut,
     )
-    scale_refs, b_refs = (tuple(getattr(p, name) for p in pools) for name in ("scale_LS", "b_RE"))
-    blocks = sum(pl.cdiv(b_RE.shape[1], cut.block_columns) for b_RE in b_refs)
-    operands = (y_TE, layer, tiles, lists, h_UC, scale_refs, b_refs)
+    blocks = sum(pl.cdiv(pool.b_RE.shape[1], cut.block_columns) for pool in pools)
     return pl.pallas_call(
         body,
         out_shape=jax.ShapeDtypeStruct(y_TE.shape, y_TE.dtype),
-        grid=(min(cut.programs, tiles.first_M.shape[0] * blocks),),
+        grid=(blocks, min(tile.row_programs, tables[0].shape[0] - 1)),
         compiler_params=plgpu.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
         input_output_aliases={0: 0},
         name="lora_expand",
-    )(*operands)
+    )(y_TE, layer, tables, h_UC, tuple(pool.b_RE for pool in pools))
 
 
 def _expand_body(
-    y_TE, layer, tiles, lists, h_UC, scale_refs, b_refs, out_TE, *, columns, pages, block_rows, cut
+    y_TE, layer, tables, h_UC, b_refs, out_TE, *, columns, pages, block_rows, cut: ExpandTile
 ):
-    M = tiles.first_M.shape[0]
-    blocks_of_part = [pl.cdiv(b_RE.shape[1], cut.block_columns) for b_RE in b_refs]
-    blocks = sum(blocks_of_part)
+    T, list_ranks = y_TE.shape[0], h_UC.shape[1] // len(b_refs)
+    any_block, first_m = (pl.program_id(axis) for axis in range(2))
+    row_programs, first_block = pl.num_programs(1), 0
+    for i, (table_MX, b_RE) in enumerate(zip(tables, b_refs, strict=True)):
+        block = any_block - first_block
+        blocks = pl.cdiv(b_RE.shape[1], cut.block_columns)
+        first_block += blocks
 
-    def multiply(item):
-        m, block = item // blocks, item % blocks
-        row_t, in_tile_t = _rows(tiles, m, block_rows=block_rows)
-        for i, (scale_LS, b_RE) in enumerate(zip(scale_refs, b_refs, strict=True)):
-            j, first_block = i * M + m, sum(blocks_of_part[:i])
-            in_part = (block >= first_block) & (block < first_block + blocks_of_part[i])
+        def multiply(of: _Tile, m, *, i=i, table_MX=table_MX, b_RE=b_RE, block=block):
+            row_t, in_tile_t = _rows(of, block_rows=block_rows)
+            at_e = block * cut.block_columns + jnp.arange(cut.block_columns)
+            in_part_e = at_e < b_RE.shape[1]
+            y_at = (row_t[:, None], (columns[i] + at_e)[None, :])
+            y_mask_te = in_tile_t[:, None] & in_part_e[None, :]
 
-            @pl.when(in_part & (lists.pages_J[j] > 0))
-            def _(i=i, scale_LS=scale_LS, b_RE=b_RE, j=j, first_block=first_block):
-                at_e = (block - first_block) * cut.block_columns + jnp.arange(cut.block_columns)
-                mask_te = in_tile_t[:, None] & (at_e < b_RE.shape[1])[None, :]
-                y_at = (row_t[:, None], (columns[i] + at_e)[None, :])
+            def multiply_ranks(k, carry):
+                page_r, sum_te = carry
+                next_page_r = _page_ids(table_MX, m, k + 1, block_ranks=cut.block_ranks)
+                rank_r, in_list_r = _ranks(of, k, block_ranks=cut.block_ranks)
+                row_r = _pool_rows(page_r, rank_r, layer=layer, pages=pages[i])
+                mask_tr = in_tile_t[:, None] & in_list_r[None, :]
+                h_tr = _sum_of_splits(h_UC, row_t, i * list_ranks + rank_r, mask_tr, T=T)
+                b_re = plgpu.load(
+                    b_RE.at[row_r[:, None], at_e[None, :]],
+                    mask=in_list_r[:, None] & in_part_e[None, :],
+                    other=0,
+                )
+                h_tr, b_re = h_tr.astype(y_TE.dtype), b_re.astype(y_TE.dtype)
+                return next_page_r, sum_te + _dot(h_tr, b_re, contract=(1, 0))
+
+            @pl.when(of.pages > 0)
+            def _():
                 # Loaded first, for its latency; added last, in the layout in which it is stored.
-                y_te = plgpu.load(y_TE.at[*y_at], mask=mask_te, other=0)
-
-                def multiply_ranks(k, sum_te):
-                    rank_r, page_r, in_list_r = _ranks(lists, j, k, block_ranks=cut.block_ranks)
-                    mask_tr = in_tile_t[:, None] & in_list_r[None, :]
-                    at_r = i * lists.most_ranks + rank_r
-                    h_tr = _sum_of_splits(h_UC, row_t, at_r, mask_tr, T=y_TE.shape[0])
-                    scale_r = _scales(scale_LS, tiles, lists, layer, rank_r, m=m, j=j)
-                    h_tr = (h_tr * scale_r[None, :]).astype(y_te.dtype)
-                    row_r = (layer[...] * pages[i] + page_r) * PAGE_RANKS + rank_r % PAGE_RANKS
-                    mask_re = in_list_r[:, None] & (at_e < b_RE.shape[1])[None, :]
-                    b_re = plgpu.load(b_RE.at[row_r[:, None], at_e[None, :]], mask=mask_re, other=0)
-                    return sum_te + _dot(h_tr, b_re.astype(h_tr.dtype), contract=(1, 0))
-
-                steps = pl.cdiv(lists.pages_J[j] * PAGE_RANKS, cut.block_ranks)
-                zeros_te = jnp.zeros(mask_te.shape, jnp.float32)
-                sum_te = jax.lax.fori_loop(0, steps, multiply_ranks, zeros_te)
+                y_te = plgpu.load(y_TE.at[*y_at], mask=y_mask_te, other=0)
+                steps = pl.cdiv(of.pages * PAGE_RANKS, cut.block_ranks)
+                zeros_te = jnp.zeros(y_te.shape, jnp.float32)
+                _, sum_te = jax.lax.fori_loop(0, steps, multiply_ranks, (of.page_r, zeros_te))
                 y_te = (y_te.astype(jnp.float32) + sum_te).astype(out_TE.dtype)
-                plgpu.store(out_TE.at[*y_at], y_te, mask=mask_te)
+                plgpu.store(out_TE.at[*y_at], y_te, mask=y_mask_te)
 
-    _for_each_item(tiles.count[...] * blocks, multiply)
+        @pl.when((block >= 0) & (block < blocks))
+        def _(multiply=multiply, table_MX=table_MX):
+            read = functools.partial(_read, table_MX, block=0, block_ranks=cut.block_ranks)
+            _for_each_tile(read, multiply, first_m, row_programs, tiles=table_MX.shape[0] - 1)
 
 
 def _sum_of_splits(h_UC, row_t, at_r, mask_tr, *, T: int) -> jax.Array:
-    """The partial sums of T rows each, added up in order: `[t, r]` float32."""
-    h_tr = jnp.zeros(mask_tr.shape, jnp.float32)
-    for split in range(h_UC.shape[0] // T):  # unrolled, so that all loads are in flight
-        at_t = split * T + row_t
-        h_tr += plgpu.load(h_UC.at[at_t[:, None], at_r[None, :]], mask=mask_tr, other=0)
-    return h_tr
+    """The partial sums of T rows each, added up in order: `[t, r]`."""
+    splits = h_UC.shape[0] // T
+    h_utr = [  # unrolled, so that all loads are in flight
+        plgpu.load(h_UC.at[(u * T + row_t)[:, None], at_r[None, :]], mask=mask_tr, other=0)
+        for u in range(splits)
+    ]
+    return functools.reduce(jnp.add, h_utr)
 
 
-def _scales(scale_LS, tiles, lists, layer, rank_r, *, m, j) -> jax.Array:
-    """Of each rank of list j, which is tile m's: its adapter's, negative if that is subtracted."""
-    plus, minus = (
-        scale_LS[layer[...], jnp.maximum(slot, 0)] for slot in (tiles.plus_M[m], tiles.minus_M[m])
-    )
-    return jnp.where(rank_r < lists.plus_J[j] * PAGE_RANKS, plus, -minus)
+def _for_each_tile(read, do, m, programs, *, tiles: int) -> None:
+    """Runs `do(tile, m)` for row tile m and every `programs`-th after it; `read(m)` reads one."""
+    if tiles <= programs:  # one each: nothing waits for the bounds of a loop
+        do(read(m), m)
+        return
+
+    def step(carry):
+        of, m = carry
+        do(of, m)
+        m = jnp.minimum(m + programs, tiles)
+        return read(m), m
+
+    jax.lax.while_loop(lambda carry: carry[0].rows > 0, step, (read(m), m))
 
 
-def _for_each_item(items, do) -> None:
-    """Runs `do(item)` for this program's share of `items`, a run-time number."""
-    program, programs = pl.program_id(0), pl.num_programs(0)
-
-    def step(i, carry):
-        do(program + i * programs)
-        return carry
-
-    jax.lax.fori_loop(0, pl.cdiv(items - program, programs), step, None)
+def _read(table_MX, m, *, block, block_ranks: int) -> _Tile:
+    numbers = [table_MX[m, column] for column in range(len(_Tile._fields) - 1)]
+    return _Tile._make([*numbers, _page_ids(table_MX, m, block, block_ranks=block_ranks)])
 
 
-def _rows(tiles, m, *, block_rows: int):
-    """The rows of tile m, and which of them it has."""
+def _page_ids(table_MX, m, k, *, block_ranks: int) -> jax.Array:
+    """Page of each rank of block k of tile m's list."""
+    at_r = k * (block_ranks // PAGE_RANKS) + jnp.arange(block_ranks) // PAGE_RANKS
+    return plgpu.load(table_MX.at[m, _FIELDS + at_r])
+
+
+def _rows(of: _Tile, *, block_rows: int):
+    """The rows of a block, and which of them the tile has."""
     i_t = jnp.arange(block_rows)
-    return tiles.first_M[m] + i_t, i_t < tiles.len_M[m]
+    return of.first + i_t, i_t < of.rows
 
 
-def _ranks(lists, j, block, *, block_ranks: int):
-    """Of one block of list j: places in the list, their pages, and which of them exist."""
-    rank_r = block * block_ranks + jnp.arange(block_ranks)
-    page_r = plgpu.load(
-        lists.page_F.at[j * (lists.most_ranks // PAGE_RANKS) + rank_r // PAGE_RANKS]
-    )
-    return rank_r, page_r, rank_r < lists.pages_J[j] * PAGE_RANKS
+def _ranks(of: _Tile, k, *, block_ranks: int):
+    """Of block k of a tile's list: places in the list, and which of them exist."""
+    rank_r = k * block_ranks + jnp.arange(block_ranks)
+    return rank_r, rank_r < of.pages * PAGE_RANKS
+
+
+def _pool_rows(page_r, rank_r, *, layer, pages: int) -> jax.Array:
+    """Where ranks lie in a pool of so many pages a layer."""
+    return (layer[...] * pages + page_r) * PAGE_RANKS + rank_r % PAGE_RANKS
 
 
 def _pages(pool: LoraPool) -> int:

@@ -20,11 +20,13 @@ BFLOAT16 = {"rtol": 2**-5, "atol": 2**-5}
 FLOAT16 = {"rtol": 2**-8, "atol": 2**-8}  # the same with 11 bits
 TOLERANCES = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
 
-# Few programs that share work unevenly, several steps of each loop, splits of one and two steps.
+# Few programs that share row tiles and ranks unevenly, several steps of each loop, a last split
+# of fewer steps.
 TILE = LoraTile(
     block_rows=16,
-    shrink=ShrinkTile(block_k=16, block_ranks=32, splits=2, warps=4, stages=2, programs=2),
-    expand=ExpandTile(block_columns=16, block_ranks=16, warps=4, stages=2, programs=2),
+    row_programs=2,
+    shrink=ShrinkTile(block_k=16, block_ranks=16, rank_programs=2, splits=2, warps=4, stages=2),
+    expand=ExpandTile(block_columns=16, block_ranks=16, warps=4, stages=2),
 )
 
 # Adapter of each row, pages of each slot, the slot that is folded into the base product.
@@ -134,10 +136,10 @@ def test_float16_is_taken():
         dict(splits=3),
         dict(splits=9),  # more than there are steps
         dict(block_k=64),  # wider than the input
-        dict(block_ranks=16),
+        dict(rank_programs=1),
+        dict(rank_programs=3),
+        dict(block_ranks=32),
         dict(block_ranks=64),
-        dict(programs=1),
-        dict(programs=1000),
     ],
     ids=str,
 )
@@ -146,8 +148,13 @@ def test_any_cut_gives_the_same(shrink):
     check(*make_linear(), tile=tile)
 
 
+@pytest.mark.parametrize("programs", [1, 3, 1000])
+def test_any_number_of_programs_shares_the_row_tiles(programs):
+    check(*make_linear(), tile=dataclasses.replace(TILE, row_programs=programs))
+
+
 def test_the_expand_may_take_more_ranks_at_once_than_the_shrink():
-    expand = dataclasses.replace(TILE.expand, block_ranks=64, block_columns=32, programs=5)
+    expand = dataclasses.replace(TILE.expand, block_ranks=64, block_columns=32)
     check(*make_linear(), tile=dataclasses.replace(TILE, expand=expand))
 
 

@@ -59,9 +59,8 @@ class _Softmax(NamedTuple):
 def attend(qkv_TE, angle_Th, kv, page_T, offset_T, decodes, chunks, layer_page):
     """See `api.attend`, which has checked the shapes."""
     (T, E), (_, K, _, H) = qkv_TE.shape, kv.k_PKpH.shape
-    heads = qkv_TE.reshape(T, E // H, H)
-    q_TNH, k_TKH, v_TKH = jnp.split(heads, (E // H - 2 * K, E // H - K), axis=1)
-    q_TNH, k_TKH = rotate(q_TNH, angle_Th), rotate(k_TKH, angle_Th)
+    qk_TMH, v_TKH = jnp.split(qkv_TE.reshape(T, E // H, H), (E // H - K,), axis=1)
+    q_TNH, k_TKH = jnp.split(rotate(qk_TMH, angle_Th), (E // H - 2 * K,), axis=1)
     rows_T = page_T + layer_page
     kv = KVPages(
         k_PKpH=kv.k_PKpH.at[rows_T, :, offset_T].set(k_TKH.astype(kv.k_PKpH.dtype)),

@@ -8,8 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from valora_jax.engine.precision import in_dtype
 from valora_jax.models import read_spec
-from valora_jax.models.build import abstract_model, load_model, parameter_paths, random_model
+from valora_jax.models.build import (
+    abstract_model,
+    load_model,
+    parameter_paths,
+    random_model,
+    with_weights,
+)
 from valora_jax.models.llava15.config import LLAVA_1_5_7B, LLAVA_1_5_13B
 from valora_jax.models.llava15.spec import spec_of
 from valora_jax.models.llava15.weights import expected_shapes
@@ -40,6 +47,16 @@ def test_image_features_equal_those_of_transformers(name):
     np.testing.assert_allclose(
         got_IXD.reshape(golden["image_features"].shape), golden["image_features"], **FLOAT32
     )
+
+
+def test_the_tower_computes_in_the_dtype_of_its_matrices():
+    spec = read_spec(read_config(GOLDENS / "checkpoints" / "llava15-tiny"))
+    model = random_model(spec, dtype=jnp.float32, seed=1)
+    weights = {path: leaf.get_value() for path, leaf in parameter_paths(model).items()}
+    mixed = with_weights(spec, in_dtype(weights, np.dtype(jnp.bfloat16)), dtype=jnp.float32)
+    pixels_I3hw = jnp.zeros((1, *spec.pixel_shape), jnp.bfloat16)
+    features = jax.eval_shape(lambda: mixed.encode_images(pixels_I3hw, lora=None))
+    assert features.dtype == jnp.bfloat16
 
 
 def test_random_weights_are_reproducible():

@@ -19,10 +19,14 @@ from valora_jax.models.llava15.config import Activation, Llava15Config, VisionCo
 
 
 def _activate(x: jax.Array, activation: Activation) -> jax.Array:
+    """In float32, rounded once: a CPU takes twice as long to round after every operation."""
+    wide = x.astype(jnp.float32)
     if activation == "quick_gelu":
-        return x * jax.nn.sigmoid(1.702 * x)
-    # Hugging Face's "gelu" is the exact erf form; jax.nn.gelu defaults to the tanh one.
-    return jax.nn.gelu(x, approximate=False)
+        wide *= jax.nn.sigmoid(1.702 * wide)
+    else:
+        # Hugging Face's "gelu" is the exact erf form; jax.nn.gelu defaults to the tanh one.
+        wide = jax.nn.gelu(wide, approximate=False)
+    return wide.astype(x.dtype)
 
 
 class VisionAttention(nnx.Module):
@@ -115,7 +119,8 @@ class VisionTower(nnx.Module):
         patches_IXD = self.patch_embedding(pixels_I3hw)
         class_I1D = jnp.broadcast_to(self.class_embedding[...], (images, 1, D))
         x_ISD = jnp.concatenate([class_I1D, patches_IXD], axis=1) + self.position_embedding[...]
-        x_TD = self.pre_norm(x_ISD).reshape(-1, D)
+        # Vectors may be wider than the matrices, whose dtype is that of the arithmetic.
+        x_TD = self.pre_norm(x_ISD).reshape(-1, D).astype(patches_IXD.dtype)
         for block in self.layers[: self.blocks_used]:
             x_TD = block(x_TD, images=images, lora=lora)
         x_ISD = x_TD.reshape(x_ISD.shape)

@@ -10,7 +10,7 @@ from benchmarks import attention_cases, lora_cases, merge_cases
 from benchmarks.attention_cases import Attention
 from benchmarks.gpu import Options, Program, Recorder, require_gpu, run_group
 from benchmarks.lora_cases import Batches, Point, Pools
-from benchmarks.shapes import MODELS, LinearShape
+from pallas_kernels.tuning.shapes import MODELS, LinearShape
 
 GOALS = (
     Point(tokens=8, ranks=(64,) * 8),

@@ -19,9 +19,9 @@ import numpy as np
 from benchmarks import floors
 from benchmarks.gpu import Program
 from benchmarks.lora_rivals import GATHER_BYTES, RIVALS, Adapters
-from benchmarks.shapes import LinearShape
 from pallas_kernels.lora_matmul import PAGE_RANKS, LoraPool, Part, RowTiles, lora_matmul
 from pallas_kernels.lora_matmul.tiles import ExpandTile, LoraTile, ShrinkTile, block_rows
+from pallas_kernels.tuning.shapes import LinearShape
 
 LAYERS, PAGES, SLOT_PAGES = 16, 256, 16
 INPUTS = 4  # products of one shape, in turn

@@ -13,9 +13,9 @@ import numpy as np
 
 from benchmarks import floors
 from benchmarks.gpu import Program
-from benchmarks.shapes import MODELS, LinearShape
 from pallas_kernels.lora_matmul import PAGE_RANKS, LoraPool, Part
 from pallas_kernels.lora_merge import lora_merge
+from pallas_kernels.tuning.shapes import MODELS, LinearShape
 
 TIMED_LAYERS, RANK = 8, 64
 PAGES = RANK // PAGE_RANKS

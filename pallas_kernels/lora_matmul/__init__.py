@@ -2,6 +2,8 @@
 
 from pallas_kernels.lora_matmul.api import Implementation, Part, block_rows, lora_matmul
 from pallas_kernels.lora_matmul.layout import MAX_RANK, PAGE_RANKS, LoraPool, RowTiles
+from pallas_kernels.lora_matmul.tuned import table as tuned_table
+from pallas_kernels.tuning.table import Segments
 
 __all__ = [
     "MAX_RANK",
@@ -10,6 +12,8 @@ __all__ = [
     "LoraPool",
     "Part",
     "RowTiles",
+    "Segments",
     "block_rows",
     "lora_matmul",
+    "tuned_table",
 ]

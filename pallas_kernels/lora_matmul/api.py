@@ -18,10 +18,10 @@ from typing import Literal
 import jax
 import numpy as np
 
-from pallas_kernels.lora_matmul import tiles as triton_tiles
-from pallas_kernels.lora_matmul import triton, xla
+from pallas_kernels.lora_matmul import triton, tuned, xla
 from pallas_kernels.lora_matmul.layout import LoraPool, RowTiles
-from pallas_kernels.lora_matmul.tiles import LoraTile
+from pallas_kernels.lora_matmul.tiles import LoraTile, power_of_two
+from pallas_kernels.tuning.table import Key, Segments
 
 Implementation = Literal["triton", "xla"]
 
@@ -34,9 +34,18 @@ class Part:
     column: int
 
 
-def block_rows(rows: int, *, implementation: Implementation) -> int:
-    """Height of row tiles that suits an implementation and a number of rows."""
-    return xla.BLOCK_ROWS if implementation == "xla" else triton_tiles.block_rows(rows)
+def block_rows(rows: int, *, implementation: Implementation, segments: Segments = "any") -> int:
+    """Returns a height of row tiles for an implementation and a number of rows.
+
+    The measured one on a device that has a table. `segments` is how many adapters the rows bring:
+    "few", "some" and "many" are about 1, 8 and 32, "any" is for who cannot know.
+
+    Raises:
+      TableError: the device has a table, but it cannot be used.
+    """
+    if implementation == "xla":
+        return xla.BLOCK_ROWS
+    return tuned.block_rows(rows, segments=segments, device=_device())
 
 
 def lora_matmul(
@@ -47,6 +56,7 @@ def lora_matmul(
     tiles: RowTiles,
     layer: int,
     implementation: Implementation,
+    segments: Segments = "any",
     tile: LoraTile | None = None,
 ) -> jax.Array:
     """Adds each row's adapters to the base products of linears that share an input.
@@ -60,7 +70,10 @@ def lora_matmul(
         checked.
       layer: which layer's rows of each page to use, in `[0, layers)`.
       implementation: "triton" for NVIDIA GPUs, "xla" anywhere.
-      tile: shape of the "triton" kernels' blocks; the tuned or computed one by default.
+      segments: how many adapters the rows bring; see `block_rows`. It chooses the tile, nothing
+        else: any number of them is right.
+      tile: shape of the "triton" kernels' blocks; by default the measured one of the nearest shape,
+        or a computed one on a device without a table.
 
     Returns:
       `[T, E]` in the dtype of `y_TE`; products accumulate in float32, in an order that depends on
@@ -69,6 +82,7 @@ def lora_matmul(
     Raises:
       ValueError: the shapes contradict each other.
       NotImplementedError: the "triton" kernels do not take these shapes or dtypes; "xla" does.
+      TableError: the device has a table of tiles, but it cannot be used.
     """
     (T, D), E = x_TD.shape, y_TE.shape[1]
     if y_TE.shape[0] != T:
@@ -88,7 +102,18 @@ def lora_matmul(
         case "xla":
             return xla.lora_matmul(y_TE, x_TD, pools, tiles, np.int32(layer), columns=columns)
         case "triton":
+            if tile is None:
+                tile = tuned.lora_tile_for(
+                    Key(op=tuned.OP, width=D, columns=E, tokens=T, segments=segments),
+                    block_rows=max(16, power_of_two(tiles.block_rows)),
+                    itemsize=x_TD.dtype.itemsize,
+                    device=_device(),
+                )
             return triton.lora_matmul(
                 y_TE, x_TD, pools, tiles, np.int32(layer), columns=columns, tile=tile
             )
     raise ValueError(f"unknown implementation {implementation!r}; known: 'triton', 'xla'")
+
+
+def _device() -> str:
+    return jax.devices()[0].device_kind

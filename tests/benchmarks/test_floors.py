@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import floors
 from benchmarks.floors import Work
-from benchmarks.shapes import MODELS
+from pallas_kernels.tuning.shapes import MODELS
 
 
 def test_a_floor_is_the_slower_of_bytes_and_products():

@@ -4,11 +4,12 @@ import functools
 
 import pytest
 
-from benchmarks import attention_cases, kernels, lora_cases, merge_cases, shapes
+from benchmarks import attention_cases, kernels, lora_cases, merge_cases
 from benchmarks.attention_cases import Attention
 from benchmarks.kernels import GOALS, MIXED, lora_groups, sweep
 from benchmarks.lora_cases import Point
-from benchmarks.shapes import LinearShape, ModelShape
+from pallas_kernels.tuning import shapes
+from pallas_kernels.tuning.shapes import LinearShape, ModelShape
 
 TINY = ModelShape(layers=4, width=64, heads=4, kv_heads=2, head_width=16, mlp_width=96)
 

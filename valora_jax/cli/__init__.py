@@ -12,7 +12,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from valora_jax.cli import convert, demo, generate
+from valora_jax.cli import convert, demo, generate, tune
 from valora_jax.cli.settings import FLAG_TYPES, config_argument
 from valora_jax.errors import ValoraError
 
@@ -51,6 +51,8 @@ def _run(arguments: list[str]) -> int:
             return generate.run(command)
         case _Convert():
             return convert.run(command.command)
+        case tune.Tune():
+            return tune.run(command)
     raise AssertionError(f"tyro made a {type(command).__name__}")
 
 
@@ -61,6 +63,7 @@ def _parse(arguments: list[str]) -> Any:
         Annotated[demo.Demo, tyro.conf.subcommand("demo")],
         Annotated[generate.Generate, tyro.conf.subcommand("generate", default=defaults)],
         Annotated[_Convert, tyro.conf.subcommand("convert")],
+        Annotated[tune.Tune, tyro.conf.subcommand("tune")],
     ]
     # A field for the choice: without one, tyro's messages have a name of its own in them.
     root = dataclasses.make_dataclass(

@@ -8,6 +8,7 @@ import jax
 from rich.console import Console
 from rich.progress import Progress
 
+from pallas_kernels.lora_matmul import tuned_table
 from valora_jax import checkpoint
 from valora_jax.config import EngineConfig
 from valora_jax.engine.adapters import EngineAdapters
@@ -70,6 +71,8 @@ def assemble(
     console: Console,
 ) -> Parts:
     """Builds an engine's parts around a model."""
+    # A table of tiles that cannot be used is an error here, not in the middle of a compilation.
+    tuned = tuned_table(jax.devices()[0].device_kind) is not None
     memory = _plan_memory(model, spec, config, precision)
     memory.print(console)
     base = BaseTensors(model, spec)
@@ -110,6 +113,8 @@ def assemble(
     )
     if config.warm_up:
         _warm_up(runner, adapters, console)
+        tiles = "measured on this device" if tuned else "computed, see docs/tuning.md"
+        console.print(f"{runner.traces} compiled functions; tiles of LoRA on a GPU: {tiles}")
     core = EngineCore(runner, scheduler, images, adapters, tokenizer=tokenizer)
     return Parts(
         spec=spec, tokenizer=tokenizer, pixels=pixels, core=core, runner=runner, memory=memory

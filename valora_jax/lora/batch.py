@@ -16,6 +16,7 @@ from pallas_kernels.lora_matmul import (
     LoraPool,
     Part,
     RowTiles,
+    Segments,
     block_rows,
     lora_matmul,
 )
@@ -33,6 +34,8 @@ class LoraBatch:
       adapter_T: `[T]` int32 adapter slot of each row, -1 for the base model.
       tiles: the rows cut into tiles of one adapter each.
       implementation: which kernel multiplies.
+      segments: how many adapters the rows bring, where that is known when a step is compiled; the
+        kernel's tile is chosen by it, and none is wrong.
     """
 
     pools: Mapping[str, LoraPool]
@@ -40,6 +43,7 @@ class LoraBatch:
     adapter_T: jax.Array
     tiles: RowTiles
     implementation: Implementation = dataclasses.field(metadata={"static": True})
+    segments: Segments = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(
@@ -49,15 +53,17 @@ class LoraBatch:
         pools: Mapping[str, LoraPool],
         biases_LSE: Mapping[str, jax.Array],
         implementation: Implementation,
+        segments: Segments = "any",
     ) -> "LoraBatch":
         """Cuts the rows into tiles; neighbours with the same adapter share one."""
-        height = block_rows(adapter_T.shape[0], implementation=implementation)
+        height = block_rows(adapter_T.shape[0], implementation=implementation, segments=segments)
         return cls(
             pools=pools,
             biases_LSE=biases_LSE,
             adapter_T=adapter_T,
             tiles=RowTiles.of(adapter_T, block_rows=height),
             implementation=implementation,
+            segments=segments,
         )
 
     def at_rows(self, adapter_T: jax.Array) -> "LoraBatch":
@@ -67,6 +73,7 @@ class LoraBatch:
             pools=self.pools,
             biases_LSE=self.biases_LSE,
             implementation=self.implementation,
+            segments=self.segments,
         )
 
     def add(
@@ -95,6 +102,7 @@ class LoraBatch:
             tiles=self.tiles,
             layer=layer,
             implementation=self._implementation(first_of),
+            segments=self.segments,
         )
         for site in first_of.keys() & self.biases_LSE.keys():
             bias_TE = self.biases_LSE[site][layer, self.adapter_T]  # -1 reads another, is masked

@@ -1,4 +1,4 @@
-"""Linears and attention of the models that are served, by name."""
+"""Linears and attention of the models that are served, by name: what is tuned and timed."""
 
 import dataclasses
 from typing import NamedTuple

@@ -1,0 +1,183 @@
+"""Filling a device's table, with a device that is a formula."""
+
+import io
+import itertools
+
+import jax
+import pytest
+from rich.console import Console
+
+from pallas_kernels.lora_matmul.candidates import legal
+from pallas_kernels.lora_matmul.measure import DeviceLostError
+from pallas_kernels.lora_matmul.tune import key_of, search
+from pallas_kernels.lora_matmul.tuned import KINDS
+from pallas_kernels.tuning import __main__, run
+from pallas_kernels.tuning.shapes import MODELS
+from pallas_kernels.tuning.table import Table
+
+DEVICE = "NVIDIA H100 80GB HBM3"
+TASKS = run.tasks(["llava-1.5-7b"], only="/t8/")
+
+
+def formula(task, tiles):
+    """Few adapters like splits, more of them do not; four stages fail."""
+    return {tile: _outcome(task, tile.shrink, tile.expand) for tile in tiles}
+
+
+def _outcome(task, shrink, expand):
+    if shrink.stages == 4:
+        return "spills"
+    us = {"few": 10 + 32 / shrink.splits}
+    if task.tokens >= 8:
+        us["some"] = 20 + shrink.splits / 2
+    if task.tokens >= 32:
+        us["many"] = 40 + shrink.splits
+    return {segments: round(time + expand.stages, 2) for segments, time in us.items()}
+
+
+def new_table() -> Table:
+    return Table(device=DEVICE, jax=jax.__version__, kinds=KINDS)
+
+
+def fill(path, *, measure=formula, tasks=TASKS, seconds=(), table=None):
+    """Runs searches; returns what was printed."""
+    out = io.StringIO()
+    if table is None:
+        table = Table.read(path, device=DEVICE, kinds=KINDS) if path.exists() else new_table()
+    run.run(
+        tasks,
+        table,
+        path,
+        measure=measure,
+        until_s=60,
+        console=Console(file=out, width=200),
+        clock=itertools.chain(seconds, itertools.repeat(0)).__next__,
+    )
+    return out.getvalue()
+
+
+def names_in(path) -> set[str]:
+    table = Table.read(path, device=DEVICE, kinds=KINDS)
+    return {f"{k.width}-{k.columns}/t{k.tokens}/h{h}" for k, h in table.entries}
+
+
+def test_every_class_gets_its_own_best_tile_and_any_the_best_compromise():
+    task, table = TASKS[0], new_table()
+    outcomes = search(task, table, formula)
+    found = {k.segments: e for (k, _), e in table.entries.items()}
+    assert found.keys() == {"few", "some", "any"}  # 8 rows cannot bring 32 adapters
+    for segments, entry in found.items():
+        assert legal(entry.tile, task)
+        if segments != "any":
+            assert entry.us == min(us[segments] for us in outcomes.values() if us != "spills")
+    assert found["any"].tile.expand.stages == 1
+    splits = [found[segments].tile.shrink.splits for segments in ("some", "any", "few")]
+    assert splits == sorted(splits)
+    assert splits[0] < splits[2]
+    assert {s.reason for s in table.skipped} == {"spills"}
+
+
+def test_what_the_table_has_is_not_measured_again(tmp_path):
+    path, measured = tmp_path / "t.json", []
+
+    def counted(task, tiles):
+        measured.append(task.name)
+        return formula(task, tiles)
+
+    fill(path, measure=counted, tasks=TASKS[:1])
+    first, entries = set(measured), path.read_text()
+    measured.clear()
+    fill(path, measure=counted)
+    assert first == {TASKS[0].name}
+    assert set(measured) == {task.name for task in TASKS[1:]}
+    assert all(line.rstrip(",") in path.read_text() for line in entries.splitlines())
+    measured.clear()
+    whole = path.read_bytes()
+    fill(path, measure=counted)
+    assert (measured, path.read_bytes()) == ([], whole)
+
+
+def test_an_interrupted_search_keeps_what_was_done(tmp_path):
+    def interrupted(task, tiles):
+        if task == TASKS[1]:
+            raise KeyboardInterrupt
+        return formula(task, tiles)
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(tmp_path / "t.json", measure=interrupted)
+    assert names_in(tmp_path / "t.json") == {"4096-12288/t8/h16"}
+
+
+def test_when_time_is_up_the_rest_is_left(tmp_path):
+    printed = fill(tmp_path / "t.json", seconds=[0, 59, 60])
+    assert "time is up; 2 searches are left" in printed
+    assert len(names_in(tmp_path / "t.json")) == 2
+
+
+def test_a_tile_that_brings_the_device_down_is_left_out_by_the_next_start(tmp_path):
+    path, tried = tmp_path / "t.json", []
+
+    def deadly(task, tiles):
+        for tile in tiles:
+            tried.append(tile)
+            if tile.shrink.block_k == 128:
+                raise DeviceLostError(tile, "illegal address")
+        return formula(task, tiles)
+
+    with pytest.raises(DeviceLostError, match="illegal address; start again"):
+        fill(path, measure=deadly, tasks=TASKS[:1])
+    lost = tried[-1]
+    assert names_in(path) == set()
+    tried.clear()
+    for _ in range(10):  # others of that width bring it down, too
+        try:
+            fill(path, measure=deadly, tasks=TASKS[:1])
+        except DeviceLostError:
+            continue
+        break
+    assert lost not in tried
+    assert names_in(path) == {"4096-12288/t8/h16"}
+
+
+def test_a_shape_without_a_working_tile_is_named_and_has_no_entry(tmp_path):
+    printed = fill(tmp_path / "t.json", measure=lambda task, tiles: dict.fromkeys(tiles, "no"))
+    assert f"{TASKS[0].name}: no tile works" in printed
+    assert names_in(tmp_path / "t.json") == set()
+    fill(tmp_path / "t.json", measure=formula)  # and the next start does not meet it again
+    table = Table.read(tmp_path / "t.json", device=DEVICE, kinds=KINDS)
+    assert len({(s.key, s.tile) for s in table.skipped}) == len(table.skipped)
+
+
+def test_models_of_equal_shapes_are_searched_once():
+    assert run.tasks(["llava-1.5-7b"]) == run.tasks(["qwen-vl-7b", "llava-1.5-7b"])
+    all_names = [task.name for task in run.tasks([])]
+    assert len(all_names) == len(set(all_names))
+    assert {t.linear for t in run.tasks([])} == {
+        linear for model in MODELS.values() for linear in model.linears.values()
+    }
+
+
+def test_only_chooses_by_name():
+    (task,) = run.tasks(["llava-1.5-7b"], only="4096-4096/t8/")
+    assert (task.name, key_of(task).columns) == ("lora/4096-4096/t8/h16", 4096)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (dict(models=["gpt-7"]), "unknown models: gpt-7; known: llava-1.5-7b"),
+        (dict(models=[], only="("), "no regular expression"),
+    ],
+)
+def test_a_wrong_choice_is_named(choice, message):
+    with pytest.raises(ValueError, match=message):
+        run.tasks(**choice)
+
+
+def test_off_a_gpu_there_is_one_clear_message(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    message = "measured on an NVIDIA GPU, but jax runs on 'cpu' here"
+    with pytest.raises(NotImplementedError, match=message):
+        run.tune()
+    with pytest.raises(SystemExit, match=message):
+        __main__.main([])

@@ -13,16 +13,9 @@ from pallas_kernels.tuning.search import Ladders
 from pallas_kernels.tuning.shapes import LinearShape
 
 # Rows of a step, in the order of what matters most when there is little time, and the heights of
-# row tiles that may suit them. Steps of other sizes take the nearest.
-HEIGHTS = {
-    8: (16,),
-    32: (16, 32),
-    4096: (64, 128),
-    512: (32, 64),
-    1: (16,),
-    128: (16, 32, 64),
-    2048: (64, 128),
-}
+# row tiles that may suit them. Steps of other sizes take the nearest. Few, as a search takes some
+# ten seconds, and a model has four products.
+HEIGHTS = {8: (16,), 32: (16, 32), 4096: (64, 128), 512: (32, 64), 1: (16,), 128: (16, 32)}
 REGISTERS = 255  # of a thread, at most
 # Addresses, masks and counters of a thread.
 SPARE_REGISTERS = 32

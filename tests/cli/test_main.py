@@ -41,6 +41,7 @@ def test_help_of_generate_has_the_fields_of_both_dataclasses(capsys):
         (["generate", MODEL, "--prompt", "x", "--temperature", "-1"], "temperature=-1.0, want"),
         (["generate", MODEL, "--prompt", "x", "--config", "nowhere.toml"], "nowhere.toml"),
         (["convert", "inspect", "nowhere"], "no such folder"),
+        (["tune", "--minutes", "1"], "measured on an NVIDIA GPU, but jax runs on 'cpu' here"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_1(

@@ -78,28 +78,45 @@ def lora_tile(*, rows: int, width: int, columns: int, device: str | None = None)
     multiprocessors = next(kinds, _MULTIPROCESSORS["H100"])
     height = block_rows(rows)
     row_tiles = math.ceil(rows / height)
-    # Programs side by side have ranks of their own in a decode, which costs the expand nothing,
-    # rather than input columns, whose sums each of its programs reads again.
-    decode = ShrinkTile(block_k=256, block_ranks=16, rank_programs=4, splits=4, warps=4, stages=3)
-    shrink = {
-        16: decode,
-        32: dataclasses.replace(decode, block_k=128, block_ranks=32, rank_programs=2),
-        64: dataclasses.replace(decode, block_k=64, block_ranks=64, rank_programs=1, stages=6),
-    }[height]
-    block_k = max(16, min(shrink.block_k, power_of_two(width)))
-    splits = min(max(1, multiprocessors // (2 * row_tiles)), shrink.splits)
+    shrink = _shrink_tile(
+        height, row_tiles, width=width, columns=columns, multiprocessors=multiprocessors
+    )
     return LoraTile(
         block_rows=height,
         # One for each row of a decode, as each may bring another adapter; more than there is work
         # for cost a prompt time.
         row_programs=min(rows, 64) if rows < 256 else row_tiles + 8,
-        shrink=dataclasses.replace(shrink, block_k=block_k, splits=splits),
+        shrink=dataclasses.replace(shrink, block_k=max(16, min(128, power_of_two(width)))),
         expand=ExpandTile(
             block_columns=max(16, min(128, power_of_two(columns))),
             block_ranks=64,
+            # At 64 rows, more take so many registers that fewer programs fit.
             warps=4,
             stages=1 if height == 64 else 2,
         ),
+    )
+
+
+def _shrink_tile(
+    height: int, row_tiles: int, *, width: int, columns: int, multiprocessors: int
+) -> ShrinkTile:
+    """Programs side by side have ranks of their own rather than input columns, as far as it goes.
+
+    Each program of the expand reads all sums of its rows again, while ranks of their own cost the
+    shrink a few reads of x.
+    """
+    if height < 64:
+        # Few rows wait for each other's bytes, more of them fill the device.
+        splits = min(8, max(1, width // (1024 if row_tiles == 1 else 2048)))
+        return ShrinkTile(
+            block_k=128, block_ranks=32, rank_programs=2, splits=splits, warps=4, stages=4
+        )
+    if 4 * row_tiles > multiprocessors:
+        return ShrinkTile(block_k=128, block_ranks=64, rank_programs=1, splits=1, warps=4, stages=3)
+    # Sums cost by the columns that are expanded, and spare time by those that are summed.
+    splits = max(1, min(2 * width // columns, multiprocessors // (4 * row_tiles)))
+    return ShrinkTile(
+        block_k=128, block_ranks=16, rank_programs=4, splits=splits, warps=4, stages=5
     )
 
 

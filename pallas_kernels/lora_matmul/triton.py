@@ -15,7 +15,6 @@ parts; other letters as in `api` and `layout`. Lower case is one block: t rows, 
 ranks, e output columns.
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -28,8 +27,6 @@ from pallas_kernels.lora_matmul.layout import PAGE_RANKS, LoraPool, RowTiles
 from pallas_kernels.lora_matmul.tiles import (
     ExpandTile,
     LoraTile,
-    lora_tile,
-    power_of_two,
     refusals,
 )
 
@@ -47,6 +44,7 @@ class _Tile(NamedTuple):
       pages: in its list, 0 for none.
       plus_pages: how many of them, the first ones, are of the adapter that is added.
       plus, minus: slots of the adapter that is added, and of the one that is subtracted.
+      in_use: tiles in use, the same for all.
       page_r: page of each rank of the program's first block.
     """
 
@@ -56,6 +54,7 @@ class _Tile(NamedTuple):
     plus_pages: jax.Array
     plus: jax.Array
     minus: jax.Array
+    in_use: jax.Array
     page_r: jax.Array
 
 
@@ -73,13 +72,9 @@ def lora_matmul(
     layer: jax.Array,
     *,
     columns: tuple[int, ...],
-    tile: LoraTile | None,
+    tile: LoraTile,
 ) -> jax.Array:
     """See `api.lora_matmul`, which has checked the shapes; `columns` are the parts' first ones."""
-    (T, D), E = x_TD.shape, y_TE.shape[1]
-    if tile is None:
-        tile = lora_tile(rows=T, width=D, columns=E)
-        tile = dataclasses.replace(tile, block_rows=max(16, power_of_two(tiles.block_rows)))
     _check(x_TD, y_TE, tiles, tile)
     most_pages = min(MAX_RANK // PAGE_RANKS, max(pool.page_SW.shape[1] for pool in pools))
     block_pages = max(tile.shrink.block_ranks, tile.expand.block_ranks) // PAGE_RANKS
@@ -137,6 +132,7 @@ def _table(pool: LoraPool, tiles: RowTiles, *, most_pages: int, width: int) -> j
         plus_pages=plus_pages_M,
         plus=jnp.maximum(plus_M, 0),
         minus=jnp.maximum(minus_M, 0),
+        in_use=jnp.full_like(first_M, tiles.count),
     )
     for name, of_tile_M in fields.items():
         column = _Tile._fields.index(name) - _FIELDS
@@ -340,7 +336,9 @@ def _for_each_tile(read, do, m, programs, *, tiles: int) -> None:
         m = jnp.minimum(m + programs, tiles)
         return read(m), m
 
-    jax.lax.while_loop(lambda carry: carry[0].rows > 0, step, (read(m), m))
+    first = read(m)
+    # Of the first, so that the last turn does not wait for another row of the table.
+    jax.lax.while_loop(lambda carry: carry[1] < first.in_use, step, (first, m))
 
 
 def _read(table_MX, m, *, block, block_ranks: int) -> _Tile:

@@ -51,7 +51,7 @@ def test_every_fault_of_a_file_is_named(tmp_path):
     for part in (
         "no table [kv_pages]; known: [engine], [sampling]",
         "no table [server]",
-        "[engine] has no key 'max_request'; known: dtype, max_requests,",
+        "[engine] has no key 'max_request'; known: dtype, kernels, max_requests,",
         "[engine] max_adapters = 'x', want int",
         "[engine] warm_up = 1, want bool",
         "[engine] dtype = 'int8', want",

@@ -1,6 +1,12 @@
 """Adds the low-rank updates of many adapters, of different ranks, to base products."""
 
-from pallas_kernels.lora_matmul.api import Implementation, Part, block_rows, lora_matmul
+from pallas_kernels.lora_matmul.api import (
+    Implementation,
+    Part,
+    block_rows,
+    lora_linear,
+    lora_matmul,
+)
 from pallas_kernels.lora_matmul.layout import MAX_RANK, PAGE_RANKS, LoraPool, RowTiles
 from pallas_kernels.lora_matmul.tuned import table as tuned_table
 from pallas_kernels.tuning.table import Segments
@@ -14,6 +20,7 @@ __all__ = [
     "RowTiles",
     "Segments",
     "block_rows",
+    "lora_linear",
     "lora_matmul",
     "tuned_table",
 ]

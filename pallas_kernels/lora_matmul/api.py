@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.lora_matmul import triton, tuned, xla
+from pallas_kernels.lora_matmul import tiles_linear, triton, triton_linear, tuned, xla
 from pallas_kernels.lora_matmul.layout import LoraPool, RowTiles
 from pallas_kernels.lora_matmul.tiles import LoraTile, power_of_two
 from pallas_kernels.tuning.table import Key, Segments
@@ -46,6 +47,59 @@ def block_rows(rows: int, *, implementation: Implementation, segments: Segments 
     if implementation == "xla":
         return xla.BLOCK_ROWS
     return tuned.block_rows(rows, segments=segments, device=_device())
+
+
+def lora_linear(
+    x_TD: jax.Array,
+    w_DE: jax.Array,
+    parts: Sequence[Part],
+    *,
+    bias_E: jax.Array | None = None,
+    tiles: RowTiles,
+    layer: int,
+    implementation: Implementation,
+    segments: Segments = "any",
+) -> jax.Array:
+    """Returns `x_TD @ w_DE + bias_E` plus each row's adapters, of linears that share an input.
+
+    For few rows without a bias, "triton" computes the base product and the expand in one launch;
+    otherwise this is a product and `lora_matmul`.
+
+    Args:
+      x_TD: `[T, D]` input.
+      w_DE: `[D, E]` base weights of the linears side by side.
+      parts, tiles, layer, implementation, segments: as in `lora_matmul`.
+      bias_E: `[E]`, added before the adapters.
+
+    Returns:
+      `[T, E]` in the dtype of `x_TD`; sums are float32.
+
+    Raises:
+      ValueError, NotImplementedError, TableError: as `lora_matmul`.
+    """
+    (T, D), E = x_TD.shape, w_DE.shape[1]
+    if w_DE.shape[0] != D:
+        raise ValueError(f"w_DE is for inputs of width {w_DE.shape[0]}, x_TD has {D}")
+    few = T <= tiles_linear.MAX_ROWS and bias_E is None and w_DE.dtype == x_TD.dtype
+    if implementation == "triton" and few and parts:
+        _check(parts, D=D, E=E, layer=layer)
+        pools, columns = tuple(p.pool for p in parts), tuple(p.column for p in parts)
+        tile = _tile(tiles, D=D, E=E, T=T, itemsize=x_TD.dtype.itemsize, segments=segments)
+        return triton_linear.lora_linear(
+            x_TD, w_DE, pools, tiles, np.int32(layer), columns=columns, tile=tile
+        )
+    y_TE = jnp.dot(x_TD, w_DE, preferred_element_type=jnp.float32)
+    if bias_E is not None:
+        y_TE += bias_E
+    return lora_matmul(
+        y_TE.astype(x_TD.dtype),
+        x_TD,
+        parts,
+        tiles=tiles,
+        layer=layer,
+        implementation=implementation,
+        segments=segments,
+    )
 
 
 def lora_matmul(
@@ -87,14 +141,7 @@ def lora_matmul(
     (T, D), E = x_TD.shape, y_TE.shape[1]
     if y_TE.shape[0] != T:
         raise ValueError(f"row counts differ: x_TD has {T}, y_TE {y_TE.shape[0]}")
-    for part in parts:
-        pool, stop = part.pool, part.column + part.pool.b_RE.shape[1]
-        if pool.a_RD.shape[1] != D:
-            raise ValueError(f"pool is for inputs of width {pool.a_RD.shape[1]}, x_TD has {D}")
-        if not 0 <= part.column <= stop <= E:
-            raise ValueError(f"columns {part.column}:{stop} of a part exceed y_TE's {E}")
-        if not 0 <= layer < (layers := pool.scale_LS.shape[0]):
-            raise ValueError(f"layer={layer} is not in [0, {layers})")
+    _check(parts, D=D, E=E, layer=layer)
     if not parts:
         return y_TE
     pools, columns = tuple(p.pool for p in parts), tuple(p.column for p in parts)
@@ -103,16 +150,34 @@ def lora_matmul(
             return xla.lora_matmul(y_TE, x_TD, pools, tiles, np.int32(layer), columns=columns)
         case "triton":
             if tile is None:
-                tile = tuned.lora_tile_for(
-                    Key(op=tuned.OP, width=D, columns=E, tokens=T, segments=segments),
-                    block_rows=max(16, power_of_two(tiles.block_rows)),
-                    itemsize=x_TD.dtype.itemsize,
-                    device=_device(),
-                )
+                itemsize = x_TD.dtype.itemsize
+                tile = _tile(tiles, D=D, E=E, T=T, itemsize=itemsize, segments=segments)
             return triton.lora_matmul(
                 y_TE, x_TD, pools, tiles, np.int32(layer), columns=columns, tile=tile
             )
     raise ValueError(f"unknown implementation {implementation!r}; known: 'triton', 'xla'")
+
+
+def _check(parts: Sequence[Part], *, D: int, E: int, layer: int) -> None:
+    for part in parts:
+        pool, stop = part.pool, part.column + part.pool.b_RE.shape[1]
+        if pool.a_RD.shape[1] != D:
+            raise ValueError(f"pool is for inputs of width {pool.a_RD.shape[1]}, x_TD has {D}")
+        if not 0 <= part.column <= stop <= E:
+            raise ValueError(f"columns {part.column}:{stop} of a part exceed y_TE's {E}")
+        if not 0 <= layer < (layers := pool.scale_LS.shape[0]):
+            raise ValueError(f"layer={layer} is not in [0, {layers})")
+
+
+def _tile(
+    tiles: RowTiles, *, D: int, E: int, T: int, itemsize: int, segments: Segments
+) -> LoraTile:
+    return tuned.lora_tile_for(
+        Key(op=tuned.OP, width=D, columns=E, tokens=T, segments=segments),
+        block_rows=max(16, power_of_two(tiles.block_rows)),
+        itemsize=itemsize,
+        device=_device(),
+    )
 
 
 def _device() -> str:

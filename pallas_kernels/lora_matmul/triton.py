@@ -36,7 +36,7 @@ MAX_RANK = 256
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
-class _Tile(NamedTuple):
+class TileRow(NamedTuple):
     """A row tile in one part, as a kernel reads it from the part's table.
 
     Attributes:
@@ -58,7 +58,7 @@ class _Tile(NamedTuple):
     page_r: jax.Array
 
 
-_FIELDS = 8  # numbers before the page ids of a row of a table: those of `_Tile`, and a space
+TILE_FIELDS = 8  # numbers before the page ids of a row of a table: those of `TileRow`, and a space
 
 
 # Under a jit of its own, with the layer as an operand, a step of many layers traces and lowers this
@@ -75,19 +75,19 @@ def lora_matmul(
     tile: LoraTile,
 ) -> jax.Array:
     """See `api.lora_matmul`, which has checked the shapes; `columns` are the parts' first ones."""
-    _check(x_TD, y_TE, tiles, tile)
+    check(x_TD, y_TE, tiles, tile)
     most_pages = min(MAX_RANK // PAGE_RANKS, max(pool.page_SW.shape[1] for pool in pools))
     block_pages = max(tile.shrink.block_ranks, tile.expand.block_ranks) // PAGE_RANKS
     list_pages = pl.cdiv(2 * most_pages, block_pages) * block_pages
     # The kernels read the page ids of a program's next block before they know if there is one.
-    width = _FIELDS + list_pages + block_pages * tile.shrink.rank_programs
-    tables = tuple(_table(pool, tiles, most_pages=most_pages, width=width) for pool in pools)
+    width = TILE_FIELDS + list_pages + block_pages * tile.shrink.rank_programs
+    tables = tuple(rank_table(pool, tiles, most_pages=most_pages, width=width) for pool in pools)
     list_ranks = list_pages * PAGE_RANKS
-    h_UC = _shrink(x_TD, pools, tables, layer, list_ranks=list_ranks, tile=tile)
+    h_UC = shrink(x_TD, pools, tables, layer, list_ranks=list_ranks, tile=tile)
     return _expand(y_TE, h_UC, pools, tables, layer, columns=columns, tile=tile)
 
 
-def _check(x_TD: jax.Array, y_TE: jax.Array, tiles: RowTiles, tile: LoraTile) -> None:
+def check(x_TD: jax.Array, y_TE: jax.Array, tiles: RowTiles, tile: LoraTile) -> None:
     if x_TD.dtype != y_TE.dtype or x_TD.dtype not in DTYPES:
         raise NotImplementedError(
             f"the triton kernels take x_TD and y_TE both in one of bfloat16, float16 and float32, "
@@ -102,10 +102,10 @@ def _check(x_TD: jax.Array, y_TE: jax.Array, tiles: RowTiles, tile: LoraTile) ->
         raise ValueError(f"{tile} is not legal: " + "; ".join(faults))
 
 
-def _table(pool: LoraPool, tiles: RowTiles, *, most_pages: int, width: int) -> jax.Array:
+def rank_table(pool: LoraPool, tiles: RowTiles, *, most_pages: int, width: int) -> jax.Array:
     """All that the kernels ask about each row tile in a part, in one row: one load away.
 
-    Returns `[M + 1, X]` int32: the numbers of a `_Tile`, a space, then the page ids of the tile's
+    Returns `[M + 1, X]` int32: the numbers of a `TileRow`, a space, then the page ids of the tile's
     list; after its end they are anything. Tiles that are not in use, and the last row, have no rows
     and no pages. The same in all layers, so that XLA makes it once a step.
     """
@@ -120,7 +120,7 @@ def _table(pool: LoraPool, tiles: RowTiles, *, most_pages: int, width: int) -> j
         return jnp.where(in_use_M & (slot_M >= 0), pages_M, 0)
 
     plus_pages_M, minus_pages_M = pages_of(plus_M), pages_of(minus_M)
-    q_X = jnp.arange(width) - _FIELDS
+    q_X = jnp.arange(width) - TILE_FIELDS
     of_plus_MX = q_X < plus_pages_M[:, None]
     slot_MX = jnp.where(of_plus_MX, plus_M[:, None], minus_M[:, None])
     at_MX = jnp.where(of_plus_MX, q_X, q_X - plus_pages_M[:, None])
@@ -135,12 +135,12 @@ def _table(pool: LoraPool, tiles: RowTiles, *, most_pages: int, width: int) -> j
         in_use=jnp.full_like(first_M, tiles.count),
     )
     for name, of_tile_M in fields.items():
-        column = _Tile._fields.index(name) - _FIELDS
+        column = TileRow._fields.index(name) - TILE_FIELDS
         table_MX = jnp.where(q_X == column, of_tile_M[:, None], table_MX)
     return table_MX
 
 
-def _shrink(x_TD, pools, tables, layer, *, list_ranks: int, tile: LoraTile) -> jax.Array:
+def shrink(x_TD, pools, tables, layer, *, list_ranks: int, tile: LoraTile) -> jax.Array:
     """Launches the shrink; sums of rows and ranks that do not exist are left unwritten."""
     (T, D), cut = x_TD.shape, tile.shrink
     steps = pl.cdiv(D, cut.block_k)
@@ -149,7 +149,7 @@ def _shrink(x_TD, pools, tables, layer, *, list_ranks: int, tile: LoraTile) -> j
     row_programs = min(tile.row_programs, tables[0].shape[0] - 1)
     body = functools.partial(
         _shrink_body,
-        pages=tuple(_pages(pool) for pool in pools),
+        pages=tuple(layer_pages(pool) for pool in pools),
         list_ranks=list_ranks,
         split_steps=split_steps,
         block_rows=tile.block_rows,
@@ -187,7 +187,7 @@ def _shrink_body(
     first_block = jax.lax.rem(part_block, cut.rank_programs)
     for i, (table_MX, a_RD, scale_LS) in enumerate(zip(tables, a_refs, scale_refs, strict=True)):
 
-        def multiply(of: _Tile, m, *, i=i, table_MX=table_MX, a_RD=a_RD, scale_LS=scale_LS):
+        def multiply(of: TileRow, m, *, i=i, table_MX=table_MX, a_RD=a_RD, scale_LS=scale_LS):
             row_t, in_tile_t = _rows(of, block_rows=block_rows)
             plus_scale, minus_scale = scale_LS[layer[...], of.plus], scale_LS[layer[...], of.minus]
 
@@ -196,7 +196,7 @@ def _shrink_body(
                 next_k = k + cut.rank_programs
                 next_page_r = _page_ids(table_MX, m, next_k, block_ranks=cut.block_ranks)
                 rank_r, in_list_r = _ranks(of, k, block_ranks=cut.block_ranks)
-                row_r = _pool_rows(page_r, rank_r, layer=layer, pages=pages[i])
+                row_r = pool_rows(page_r, rank_r, layer=layer, pages=pages[i])
                 h_tr = _dot_over_inputs(
                     x_TD,
                     a_RD,
@@ -238,7 +238,7 @@ def _dot_over_inputs(x_TD, a_RD, rows, masks, *, first_step, steps: int, block_k
         at_d = (first_step + n) * block_k + jnp.arange(block_k)
         x_td = load(x_TD, rows[0], masks[0], at_d)
         a_rd = load(a_RD, rows[1], masks[1], at_d)
-        return h_tr + _dot(x_td, a_rd.astype(x_td.dtype), contract=(1, 1))
+        return h_tr + dot(x_td, a_rd.astype(x_td.dtype), contract=(1, 1))
 
     zeros_tr = jnp.zeros((rows[0].shape[0], rows[1].shape[0]), jnp.float32)
     return jax.lax.fori_loop(0, steps, step, zeros_tr)
@@ -250,7 +250,7 @@ def _expand(y_TE, h_UC, pools, tables, layer, *, columns, tile: LoraTile) -> jax
     body = functools.partial(
         _expand_body,
         columns=columns,
-        pages=tuple(_pages(pool) for pool in pools),
+        pages=tuple(layer_pages(pool) for pool in pools),
         block_rows=tile.block_rows,
         cut=cut,
     )
@@ -276,7 +276,7 @@ def _expand_body(
         blocks = pl.cdiv(b_RE.shape[1], cut.block_columns)
         first_block += blocks
 
-        def multiply(of: _Tile, m, *, i=i, table_MX=table_MX, b_RE=b_RE, block=block):
+        def multiply(of: TileRow, m, *, i=i, table_MX=table_MX, b_RE=b_RE, block=block):
             row_t, in_tile_t = _rows(of, block_rows=block_rows)
             at_e = block * cut.block_columns + jnp.arange(cut.block_columns)
             in_part_e = at_e < b_RE.shape[1]
@@ -287,7 +287,7 @@ def _expand_body(
                 page_r, sum_te = carry
                 next_page_r = _page_ids(table_MX, m, k + 1, block_ranks=cut.block_ranks)
                 rank_r, in_list_r = _ranks(of, k, block_ranks=cut.block_ranks)
-                row_r = _pool_rows(page_r, rank_r, layer=layer, pages=pages[i])
+                row_r = pool_rows(page_r, rank_r, layer=layer, pages=pages[i])
                 mask_tr = in_tile_t[:, None] & in_list_r[None, :]
                 h_tr = _sum_of_splits(h_UC, row_t, i * list_ranks + rank_r, mask_tr, T=T)
                 b_re = plgpu.load(
@@ -296,7 +296,7 @@ def _expand_body(
                     other=0,
                 )
                 h_tr, b_re = h_tr.astype(y_TE.dtype), b_re.astype(y_TE.dtype)
-                return next_page_r, sum_te + _dot(h_tr, b_re, contract=(1, 0))
+                return next_page_r, sum_te + dot(h_tr, b_re, contract=(1, 0))
 
             @pl.when(of.pages > 0)
             def _():
@@ -341,40 +341,40 @@ def _for_each_tile(read, do, m, programs, *, tiles: int) -> None:
     jax.lax.while_loop(lambda carry: carry[1] < first.in_use, step, (first, m))
 
 
-def _read(table_MX, m, *, block, block_ranks: int) -> _Tile:
-    numbers = [table_MX[m, column] for column in range(len(_Tile._fields) - 1)]
-    return _Tile._make([*numbers, _page_ids(table_MX, m, block, block_ranks=block_ranks)])
+def _read(table_MX, m, *, block, block_ranks: int) -> TileRow:
+    numbers = [table_MX[m, column] for column in range(len(TileRow._fields) - 1)]
+    return TileRow._make([*numbers, _page_ids(table_MX, m, block, block_ranks=block_ranks)])
 
 
 def _page_ids(table_MX, m, k, *, block_ranks: int) -> jax.Array:
     """Page of each rank of block k of tile m's list."""
     at_r = k * (block_ranks // PAGE_RANKS) + jnp.arange(block_ranks) // PAGE_RANKS
-    return plgpu.load(table_MX.at[m, _FIELDS + at_r])
+    return plgpu.load(table_MX.at[m, TILE_FIELDS + at_r])
 
 
-def _rows(of: _Tile, *, block_rows: int):
+def _rows(of: TileRow, *, block_rows: int):
     """The rows of a block, and which of them the tile has."""
     i_t = jnp.arange(block_rows)
     return of.first + i_t, i_t < of.rows
 
 
-def _ranks(of: _Tile, k, *, block_ranks: int):
+def _ranks(of: TileRow, k, *, block_ranks: int):
     """Of block k of a tile's list: places in the list, and which of them exist."""
     rank_r = k * block_ranks + jnp.arange(block_ranks)
     return rank_r, rank_r < of.pages * PAGE_RANKS
 
 
-def _pool_rows(page_r, rank_r, *, layer, pages: int) -> jax.Array:
+def pool_rows(page_r, rank_r, *, layer, pages: int) -> jax.Array:
     """Where ranks lie in a pool of so many pages a layer."""
     return (layer[...] * pages + page_r) * PAGE_RANKS + rank_r % PAGE_RANKS
 
 
-def _pages(pool: LoraPool) -> int:
+def layer_pages(pool: LoraPool) -> int:
     """Pages of one layer."""
     return pool.a_RD.shape[0] // (pool.scale_LS.shape[0] * PAGE_RANKS)
 
 
-def _dot(a, b, *, contract: tuple[int, int]) -> jax.Array:
+def dot(a, b, *, contract: tuple[int, int]) -> jax.Array:
     # Without the precision, Triton would round float32 to 10 bits first.
     return jax.lax.dot_general(
         a,

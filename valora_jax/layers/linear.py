@@ -41,11 +41,17 @@ class Linear(nnx.Module):
 
     def together(self, x_TD: jax.Array, lora: LoraBatch | None) -> jax.Array:
         """Returns the parts side by side, `[T, E]`."""
-        y_TE = jnp.dot(x_TD, self.kernel[...], preferred_element_type=jnp.float32)
-        if self.bias is not None:
-            y_TE += self.bias[...]
-        y_TE = y_TE.astype(x_TD.dtype)
+        kernel_DE, bias_E = self.kernel[...], self.bias[...] if self.bias is not None else None
         if lora is not None:
-            columns = (0, *self.splits)
-            y_TE = lora.add(y_TE, x_TD, sites=self.sites, columns=columns, layer=self.layer)
-        return y_TE
+            return lora.linear(
+                x_TD,
+                kernel_DE,
+                bias_E=bias_E,
+                sites=self.sites,
+                columns=(0, *self.splits),
+                layer=self.layer,
+            )
+        y_TE = jnp.dot(x_TD, kernel_DE, preferred_element_type=jnp.float32)
+        if bias_E is not None:
+            y_TE += bias_E
+        return y_TE.astype(x_TD.dtype)

@@ -5,6 +5,7 @@ T rows, E output width of all parts of a linear.
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from pallas_kernels.lora_matmul import (
     RowTiles,
     Segments,
     block_rows,
+    lora_linear,
     lora_matmul,
 )
 
@@ -94,16 +96,48 @@ class LoraBatch:
           columns: where each begins in `y_TE`.
           layer: of the linears.
         """
-        first_of = {s: c for s, c in zip(sites, columns, strict=True) if s in self.pools}
-        y_TE = lora_matmul(
-            y_TE,
-            x_TD,
-            [Part(pool=self.pools[site], column=column) for site, column in first_of.items()],
+        first_of = self._served(sites, columns)
+        y_TE = lora_matmul(y_TE, x_TD, self._parts(first_of), **self._how(first_of, layer))
+        return self._add_biases(y_TE, first_of, layer=layer)
+
+    def linear(
+        self,
+        x_TD: jax.Array,
+        w_DE: jax.Array,
+        *,
+        bias_E: jax.Array | None,
+        sites: Sequence[str],
+        columns: Sequence[int],
+        layer: int,
+    ) -> jax.Array:
+        """Returns the base products of linears that share an input, with each row's updates.
+
+        Args:
+          x_TD: `[T, D]` the input.
+          w_DE: `[D, E]` the linears side by side.
+          bias_E: `[E]` of the base, or None.
+          sites, columns, layer: as in `add`.
+        """
+        first_of = self._served(sites, columns)
+        how = self._how(first_of, layer)
+        y_TE = lora_linear(x_TD, w_DE, self._parts(first_of), bias_E=bias_E, **how)
+        return self._add_biases(y_TE, first_of, layer=layer)
+
+    def _served(self, sites: Sequence[str], columns: Sequence[int]) -> dict[str, int]:
+        return {s: c for s, c in zip(sites, columns, strict=True) if s in self.pools}
+
+    def _parts(self, first_of: Mapping[str, int]) -> list[Part]:
+        return [Part(pool=self.pools[site], column=column) for site, column in first_of.items()]
+
+    def _how(self, sites: Iterable[str], layer: int) -> dict[str, Any]:
+        return dict(
             tiles=self.tiles,
             layer=layer,
-            implementation=self._implementation(first_of),
+            implementation=self._implementation(sites),
             segments=self.segments,
         )
+
+    def _add_biases(self, y_TE: jax.Array, first_of: Mapping[str, int], *, layer: int) -> jax.Array:
         for site in first_of.keys() & self.biases_LSE.keys():
             bias_TE = self.biases_LSE[site][layer, self.adapter_T]  # -1 reads another, is masked
             bias_TE = jnp.where(self.adapter_T[:, None] >= 0, bias_TE, 0).astype(y_TE.dtype)

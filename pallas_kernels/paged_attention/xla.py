@@ -59,6 +59,8 @@ class _Softmax(NamedTuple):
 def attend(qkv_TE, angle_Th, kv, page_T, offset_T, decodes, chunks, layer_page):
     """See `api.attend`, which has checked the shapes."""
     (T, E), (_, K, _, H) = qkv_TE.shape, kv.k_PKpH.shape
+    # As a constant it would end up in many loops' code, and each layer's be compiled anew.
+    layer_page = jax.lax.optimization_barrier(layer_page)
     qk_TMH, v_TKH = jnp.split(qkv_TE.reshape(T, E // H, H), (E // H - K,), axis=1)
     q_TNH, k_TKH = jnp.split(rotate(qk_TMH, angle_Th), (E // H - 2 * K,), axis=1)
     rows_T = page_T + layer_page

@@ -76,6 +76,22 @@ def test_every_row_gets_its_own_adapter(adapters, pages_of, merged, dtype, toler
         np.testing.assert_allclose(np.float32(got_TE), want_TE, **tolerance)
 
 
+@pytest.mark.parametrize("merged", [-1, 2])
+@pytest.mark.parametrize("block_rows", [4, 64])
+def test_prompts_behind_decodes_and_uneven_ranks(block_rows, merged):
+    adapters = [0, 1, 1, 2, -1, *[3] * 30, *[1] * 2, *[2] * 45]
+    x_TD, y_TE = make_rows(len(adapters))
+    ranks = {0: [1], 1: [], 2: [2, 4, 3], 3: [5, 1, 3, 2, 4]}, {0: [3, 2], 1: [4], 3: [1]}
+    parts = [
+        op.Part(pool=make_pool(pages_of, width=width, dtype=jnp.float32), column=column)
+        for pages_of, width, column in zip(ranks, WIDTHS, (0, WIDTHS[0]), strict=True)
+    ]
+    tiles = tiles_of(adapters, merged, block_rows)
+    got_TE = op.lora_matmul(y_TE, x_TD, parts, tiles=tiles, layer=1, implementation="xla")
+    want_TE = reference.lora_matmul(y_TE, x_TD, parts, adapter_T=adapters, merged=merged, layer=1)
+    np.testing.assert_allclose(got_TE, want_TE, **FLOAT32)
+
+
 def test_columns_of_no_part_stay_as_they_are():
     x_TD, y_TE = make_rows(3)
     for part in make_parts({1: [3]}):

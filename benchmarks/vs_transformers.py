@@ -152,7 +152,8 @@ def start(side: str, waiting: str | None, config: Config, *, log: Path) -> Child
     python = config.hf_python.absolute() if config.hf_python else ensure_hf_python()
     script = Path(__file__).parent / "hf_side.py"
     environment = HF_ENVIRONMENT | HF_WAITING[waiting]
-    return Child([str(python), str(script)], log=log, environment=environment)
+    # -P: no module beside the script, such as kernels.py, takes the place of an installed one.
+    return Child([str(python), "-P", str(script)], log=log, environment=environment)
 
 
 def load(

@@ -1,8 +1,10 @@
 """Adds the low-rank updates of many adapters, of different ranks, to base products."""
 
 from pallas_kernels.lora_matmul.api import (
+    Counters,
     Implementation,
     Part,
+    base_product,
     block_rows,
     lora_linear,
     lora_matmul,
@@ -14,11 +16,13 @@ from pallas_kernels.tuning.table import Segments
 __all__ = [
     "MAX_RANK",
     "PAGE_RANKS",
+    "Counters",
     "Implementation",
     "LoraPool",
     "Part",
     "RowTiles",
     "Segments",
+    "base_product",
     "block_rows",
     "lora_linear",
     "lora_matmul",

@@ -13,7 +13,7 @@ T rows, D input width, E output width, L layers, S adapter slots, M row tiles.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,17 @@ class Part:
 
     pool: LoraPool
     column: int
+
+
+class Counters(NamedTuple):
+    """What the programs of launches of `lora_linear` count in, one launch after the other."""
+
+    arrived: jax.Ref
+    spare: jax.Ref
+
+    @classmethod
+    def new(cls) -> "Counters":
+        return cls(*(jax.new_ref(jnp.zeros(1, jnp.int32)) for _ in range(2)))
 
 
 def block_rows(rows: int, *, implementation: Implementation, segments: Segments = "any") -> int:
@@ -59,17 +70,20 @@ def lora_linear(
     layer: int,
     implementation: Implementation,
     segments: Segments = "any",
+    counters: Counters | None = None,
 ) -> jax.Array:
     """Returns `x_TD @ w_DE + bias_E` plus each row's adapters, of linears that share an input.
 
-    For few rows without a bias, "triton" computes the base product and the expand in one launch;
-    otherwise this is a product and `lora_matmul`.
+    For few rows without a bias, "triton" computes all of it in one launch; otherwise this is a
+    product and `lora_matmul`.
 
     Args:
       x_TD: `[T, D]` input.
       w_DE: `[D, E]` base weights of the linears side by side.
       parts, tiles, layer, implementation, segments: as in `lora_matmul`.
       bias_E: `[E]`, added before the adapters.
+      counters: shared by calls that follow each other; by default new ones, at the cost of one
+        more launch.
 
     Returns:
       `[T, E]` in the dtype of `x_TD`; sums are float32.
@@ -84,15 +98,13 @@ def lora_linear(
     if implementation == "triton" and few and parts:
         _check(parts, D=D, E=E, layer=layer)
         pools, columns = tuple(p.pool for p in parts), tuple(p.column for p in parts)
-        tile = _tile(tiles, D=D, E=E, T=T, itemsize=x_TD.dtype.itemsize, segments=segments)
-        return triton_linear.lora_linear(
-            x_TD, w_DE, pools, tiles, np.int32(layer), columns=columns, tile=tile
+        arrived, spare = counters or Counters.new()
+        y_TE, arrived[...], spare[...] = triton_linear.lora_linear(
+            x_TD, w_DE, pools, tiles, np.int32(layer), arrived[...], spare[...], columns=columns
         )
-    y_TE = jnp.dot(x_TD, w_DE, preferred_element_type=jnp.float32)
-    if bias_E is not None:
-        y_TE += bias_E
+        return y_TE
     return lora_matmul(
-        y_TE.astype(x_TD.dtype),
+        base_product(x_TD, w_DE, bias_E),
         x_TD,
         parts,
         tiles=tiles,
@@ -100,6 +112,14 @@ def lora_linear(
         implementation=implementation,
         segments=segments,
     )
+
+
+def base_product(x_TD: jax.Array, w_DE: jax.Array, bias_E: jax.Array | None) -> jax.Array:
+    """Returns `x_TD @ w_DE + bias_E`, `[T, E]` in the dtype of `x_TD`; sums are float32."""
+    # Of that dtype from the start: a float32 result is written, read again and rounded in another
+    # pass over it, which took a tenth of a prompt's step on a GPU.
+    y_TE = jnp.dot(x_TD, w_DE, preferred_element_type=x_TD.dtype)
+    return y_TE if bias_E is None else y_TE + bias_E.astype(y_TE.dtype)
 
 
 def lora_matmul(

@@ -1,18 +1,19 @@
-"""A base product and the LoRA expand of all its parts in one launch, for few rows of input.
+"""A base product and the LoRA updates of all its parts in one launch, for few rows of input.
 
-    y_TE = x_TD @ w_DE;  y_TE[t] += (sum over u of h_UC[u * T + t, ranks]) @ B_RE[ranks]
+    y_TE = x_TD @ w_DE;  y_TE[t] += (scale * x_TD[t] @ A_RD[ranks]^T) @ B_RE[ranks]
 
-In a decode, launches cost more than what most adapters add, so that the expand rides with the base
-product: a program has some columns for all rows, streams its columns of w, and then adds those of
-B, row tile by row tile. Both accumulate in float32, in a fixed order, and are rounded once
-together. The shrink goes before as a launch of its own, see `triton`.
+In a decode, launches cost more than what most adapters add. The first programs of the launch are
+the shrink's: they write their sums, h, to memory and count themselves as arrived. Each of the
+others has some columns for all rows, streams its columns of w, waits for the shrink, which has long
+ended then, and adds the columns of B, row tile by row tile. No program waits for a later one, and a
+GPU starts them in order, so that they cannot wait for each other in a circle. Both products
+accumulate in float32, in a fixed order, and are rounded once together.
 
 M row tiles, P parts, Q pages of a list, X rows of numbers about rows, U splits * T rows of partial
 sums, C rank columns of all parts; other letters as in `api` and `layout`. Lower case is one block:
 t rows (all of them), d input columns, r ranks, e output columns; u is one split.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,65 +23,87 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.lora_matmul import triton
+from pallas_kernels.lora_matmul import triton_shrink
 from pallas_kernels.lora_matmul.layout import PAGE_RANKS, LoraPool, RowTiles
-from pallas_kernels.lora_matmul.tiles import LoraTile
-from pallas_kernels.lora_matmul.tiles_linear import (
-    MAX_SPLITS,
-    LinearTile,
-    block_rows,
-    linear_tile,
-    refusals,
+from pallas_kernels.lora_matmul.rank_tables import (
+    TILE_FIELDS,
+    TileRow,
+    pool_rows,
+    rank_tables,
 )
+from pallas_kernels.lora_matmul.tiles_linear import LinearTile, block_rows, linear_tile, refusals
+from pallas_kernels.lora_matmul.triton import check_rows
+from pallas_kernels.lora_matmul.triton_shrink import Shrink, dot
 
 
 # Under a jit of its own for the reason of `triton.lora_matmul`.
-@functools.partial(jax.jit, static_argnames=("columns", "tile", "cut"))
+@functools.partial(jax.jit, static_argnames=("columns", "cut"))
 def lora_linear(
     x_TD: jax.Array,
     w_DE: jax.Array,
     pools: tuple[LoraPool, ...],
     tiles: RowTiles,
     layer: jax.Array,
+    arrived: jax.Array,
+    spare: jax.Array,
     *,
     columns: tuple[int, ...],
-    tile: LoraTile,
     cut: LinearTile | None = None,
-) -> jax.Array:
-    """See `api.lora_linear`, which has checked the shapes; `columns` are the parts' first ones."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `api.lora_linear`, which has checked the shapes; `columns` are the parts' first ones.
+
+    Args:
+      arrived: `[1]` int32 zero; counts programs of the shrink.
+      spare: `[1]` int32 of any value, what the launch before counted in.
+
+    Returns:
+      `[T, E]` sums, then zero and any value: `arrived` and `spare` of the next launch. A launch
+      sets the other's counter back, as nobody knows when its own is not read any more.
+    """
     (T, D), E = x_TD.shape, w_DE.shape[1]
     itemsize = x_TD.dtype.itemsize
-    cut = cut or linear_tile(width=D, columns=E, itemsize=itemsize)
+    if cut is None:
+        tile_rows = block_rows(tiles.block_rows)
+        cut = linear_tile(width=D, columns=E, itemsize=itemsize, tile_rows=tile_rows)
+    check_rows(x_TD, x_TD, tiles, block_rows=cut.tile_rows)
     if faults := refusals(cut, rows=T, itemsize=itemsize):
         raise ValueError(f"{cut} is not legal: " + "; ".join(faults))
-    splits = min(tile.shrink.splits, MAX_SPLITS)
-    tile = dataclasses.replace(tile, shrink=dataclasses.replace(tile.shrink, splits=splits))
-    h_UC, tables = _shrink(x_TD, pools, tiles, layer, tile=tile, block_ranks=cut.block_ranks)
-    rows_XT, page_XQ = _lists(tables, tiles, T=T, ranks=h_UC.shape[1] // len(pools))
-    segments = _segments(pools, columns, E)
-    body = functools.partial(
-        _body, segments=segments, pages=tuple(triton.layer_pages(pool) for pool in pools), cut=cut
+    tables, list_ranks = rank_tables(
+        pools,
+        tiles,
+        block_ranks=max(cut.block_ranks, cut.shrink.block_ranks),
+        rank_programs=cut.shrink.rank_programs,
     )
+    shrink = Shrink.of(
+        pools, list_ranks=list_ranks, block_rows=cut.tile_rows, row_programs=T, cut=cut.shrink
+    )
+    segments = _segments(pools, columns, E)
     programs = sum(pl.cdiv(s.stop - s.start, cut.block_columns) for s in segments)
-    return pl.pallas_call(
-        body,
-        out_shape=jax.ShapeDtypeStruct((T, E), x_TD.dtype),
-        grid=(programs,),
+    operands = (
+        layer,
+        x_TD,
+        w_DE,
+        tables,
+        *triton_shrink.operands(pools),
+        *_lists(tables, tiles, T=T, ranks=list_ranks),
+        tuple(pool.b_RE for pool in pools),
+        arrived,
+        spare,
+    )
+    first = len(jax.tree.leaves(operands)) - 2
+    y_TE, spare, arrived, _ = pl.pallas_call(
+        functools.partial(_body, shrink=shrink, segments=segments, cut=cut),
+        out_shape=(
+            jax.ShapeDtypeStruct((T, E), x_TD.dtype),
+            *(jax.ShapeDtypeStruct(of.shape, of.dtype) for of in (arrived, spare)),
+            shrink.sums_shape(x_TD),
+        ),
+        grid=(shrink.programs + programs,),
         compiler_params=plgpu.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
+        input_output_aliases={first: 1, first + 1: 2},
         name="lora_linear",
-    )(layer, x_TD, w_DE, rows_XT, page_XQ, h_UC, tuple(pool.b_RE for pool in pools))
-
-
-def _shrink(x_TD, pools, tiles: RowTiles, layer, *, tile: LoraTile, block_ranks: int):
-    """Launches the shrink. Returns its partial sums, and the tables of the parts' row tiles."""
-    triton.check(x_TD, x_TD, tiles, tile)
-    most_pages = min(triton.MAX_RANK // PAGE_RANKS, max(p.page_SW.shape[1] for p in pools))
-    block_pages = max(tile.shrink.block_ranks, block_ranks) // PAGE_RANKS
-    list_pages = pl.cdiv(2 * most_pages, block_pages) * block_pages
-    width = triton.TILE_FIELDS + list_pages + block_pages * tile.shrink.rank_programs
-    tables = tuple(triton.rank_table(p, tiles, most_pages=most_pages, width=width) for p in pools)
-    list_ranks = list_pages * PAGE_RANKS
-    return triton.shrink(x_TD, pools, tables, layer, list_ranks=list_ranks, tile=tile), tables
+    )(*operands)
+    return y_TE, arrived, spare
 
 
 def _lists(tables: Sequence[jax.Array], tiles: RowTiles, *, T: int, ranks: int):
@@ -92,13 +115,13 @@ def _lists(tables: Sequence[jax.Array], tiles: RowTiles, *, T: int, ranks: int):
       page_XQ: `[P * M, Q]` int32, page ids of each tile's list in each part, then page 0: zeros.
     """
     M, Q = tiles.first_M.shape[0], ranks // PAGE_RANKS
-    pages_at = triton.TileRow._fields.index("pages")
+    pages_at = TileRow._fields.index("pages")
     pages_PM = jnp.stack([table_MX[:M, pages_at] for table_MX in tables])
     m_M, after_MT = jnp.arange(M), jnp.arange(T) - tiles.first_M[:, None]
     mine_MT = (after_MT >= 0) & (after_MT < tiles.len_M[:, None]) & (m_M < tiles.count)[:, None]
     tile_T = jnp.max(jnp.where(mine_MT, m_M[:, None], -1), axis=0)
     pages_PT = jnp.max(jnp.where(mine_MT, pages_PM[:, :, None], 0), axis=1)
-    page_PMQ = jnp.stack([table_MX[:M, triton.TILE_FIELDS :][:, :Q] for table_MX in tables])
+    page_PMQ = jnp.stack([table_MX[:M, TILE_FIELDS:][:, :Q] for table_MX in tables])
     page_PMQ = jnp.where(jnp.arange(Q) < pages_PM[:, :, None], page_PMQ, 0)
     return jnp.concatenate([tile_T[None], pages_PT]), page_PMQ.reshape(-1, Q)
 
@@ -123,46 +146,102 @@ def _segments(pools: Sequence[LoraPool], columns: Sequence[int], E: int) -> list
 
 
 def _body(
-    layer, x_TD, w_DE, rows_XT, page_XQ, h_UC, b_refs, y_TE, *, segments, pages, cut: LinearTile
+    layer,
+    x_TD,
+    w_DE,
+    tables,
+    a_refs,
+    scale_refs,
+    rows_XT,
+    page_XQ,
+    b_refs,
+    _,
+    __,
+    y_TE,
+    arrived,
+    spare,
+    h_UC,
+    *,
+    shrink: Shrink,
+    segments: Sequence[_Segment],
+    cut: LinearTile,
 ):
-    part, column, stop = _place(segments, block_columns=cut.block_columns)
-    row_t, at_e = jnp.arange(block_rows(x_TD.shape[0])), column + jnp.arange(cut.block_columns)
-    is_row_t, is_column_e = row_t < x_TD.shape[0], at_e < stop
-    lists = _Lists(rows_XT, page_XQ, h_UC, jnp.maximum(part, 0), len(b_refs), cut.block_ranks)
-    # Loaded before the product and used after it: only B is waited for then.
-    tile_t, pages_t, h_utr = *lists.of_rows(row_t, is_row_t), lists.sums(0, row_t, is_row_t)
-    y_te = _product(x_TD, w_DE, row_t, at_e, is_row_t, is_column_e, block_k=cut.block_k)
-    blocks = pl.cdiv(jnp.max(pages_t) * PAGE_RANKS, cut.block_ranks)
-    count, rank_r = jnp.max(tile_t) + 1, jnp.arange(cut.block_ranks)
-    for i, b_RE in enumerate(b_refs):
-        at_part_e = at_e - next(s.start for s in segments if s.part == i)
+    program = pl.program_id(0)
 
-        def multiply_ranks(k, carry, *, i=i, b_RE=b_RE, at_part_e=at_part_e):
-            y_te, h_utr = carry
-            next_h_utr = lists.sums(k + 1, row_t, is_row_t)
-            in_list_tr = (k * cut.block_ranks + rank_r)[None, :] < (pages_t * PAGE_RANKS)[:, None]
-            # The shrink leaves what is in no list unwritten.
-            h_tr = jnp.where(in_list_tr, functools.reduce(jnp.add, h_utr), 0).astype(x_TD.dtype)
+    @pl.when(program < shrink.programs)
+    def _():
+        shrink.run(shrink.place(program), layer, x_TD, tables, a_refs, scale_refs, h_UC)
+        plgpu.debug_barrier()  # one thread counts for all, after all have written
+        plgpu.atomic_add(arrived, (jnp.int32(0),), jnp.int32(1))
 
-            def add_tile(m, y_te):
-                page_r = lists.pages(m, k)
-                row_r = triton.pool_rows(page_r, rank_r, layer=layer, pages=pages[i])
-                b_at = b_RE.at[row_r[:, None], at_part_e[None, :]]
-                b_re = plgpu.load(b_at, mask=is_column_e[None, :], other=0).astype(h_tr.dtype)
-                h_of_tile_tr = jnp.where((tile_t == m)[:, None], h_tr, 0)
-                return y_te + triton.dot(h_of_tile_tr, b_re, contract=(1, 0))
+    @pl.when(program == 0)
+    def _():
+        plgpu.store(spare.at[jnp.int32(0)], jnp.int32(0))
 
-            return jax.lax.fori_loop(0, count, add_tile, y_te), next_h_utr
+    @pl.when(program >= shrink.programs)
+    def _():
+        part, column, stop = _place(segments, program - shrink.programs, cut.block_columns)
+        row_t, at_e = jnp.arange(block_rows(x_TD.shape[0])), column + jnp.arange(cut.block_columns)
+        is_row_t, is_column_e = row_t < x_TD.shape[0], at_e < stop
+        # Loaded before the product, used after it.
+        lists = _Lists.of(part, rows_XT, page_XQ, h_UC, row_t, block_ranks=cut.block_ranks)
+        y_te = _product(x_TD, w_DE, row_t, at_e, is_row_t, is_column_e, block_k=cut.block_k)
+        _wait_until(arrived, shrink.programs)
+        h_utr = lists.sums(0)
+        for i, b_RE in enumerate(b_refs):
+            first = next(s.start for s in segments if s.part == i)
 
-        trips = jnp.where(part == i, blocks, 0)
-        y_te, h_utr = jax.lax.fori_loop(0, trips, multiply_ranks, (y_te, h_utr))
-    y_at = y_TE.at[row_t[:, None], at_e[None, :]]
-    plgpu.store(y_at, y_te.astype(y_TE.dtype), mask=is_row_t[:, None] & is_column_e[None, :])
+            def b_re(page_r, rank_r, *, b_RE=b_RE, at_e=at_e - first, pages=shrink.pages[i]):
+                row_r = pool_rows(page_r, rank_r, layer=layer, pages=pages)
+                b_at = b_RE.at[row_r[:, None], at_e[None, :]]
+                return plgpu.load(b_at, mask=is_column_e[None, :], other=0).astype(x_TD.dtype)
+
+            mine = lists._replace(pages_t=jnp.where(part == i, lists.pages_t, 0))
+            y_te = _add_part(y_te, h_utr, mine, b_re, dtype=x_TD.dtype)
+        y_at = y_TE.at[row_t[:, None], at_e[None, :]]
+        plgpu.store(y_at, y_te.astype(y_TE.dtype), mask=is_row_t[:, None] & is_column_e[None, :])
 
 
-def _place(segments: Sequence[_Segment], *, block_columns: int):
-    """This program's part, its first column, and where its segment ends."""
-    program, first = pl.program_id(0), 0
+def _wait_until(arrived, programs: int) -> None:
+    """Waits until so many have arrived; what they wrote can be read then."""
+    zero = jnp.int32(0)  # made here, as interpreted loops take no constants
+
+    def count(_):
+        return plgpu.atomic_add(arrived, (zero,), zero)
+
+    jax.lax.while_loop(lambda so_far: so_far < programs, count, count(None))
+
+
+def _add_part(y_te, h_utr, lists: "_Lists", b_re, *, dtype) -> jax.Array:
+    """Adds `h @ B` of one part.
+
+    Args:
+      y_te: what it is added to.
+      h_utr: the sums of the lists' first block.
+      lists: the part's.
+      b_re: loads a block of B, given its page and place of each rank.
+      dtype: of the operands.
+    """
+    tiles, rank_r = jnp.max(lists.tile_t) + 1, jnp.arange(lists.block_ranks)
+
+    def multiply_ranks(k, carry):
+        y_te, h_utr = carry
+        next_h_utr = lists.sums(k + 1)
+        h_tr = functools.reduce(jnp.add, h_utr).astype(dtype)
+
+        def add_tile(m, y_te):
+            h_of_tile_tr = jnp.where((lists.tile_t == m)[:, None], h_tr, 0)
+            return y_te + dot(h_of_tile_tr, b_re(lists.pages(m, k), rank_r), contract=(1, 0))
+
+        return jax.lax.fori_loop(0, tiles, add_tile, y_te), next_h_utr
+
+    blocks = pl.cdiv(jnp.max(lists.pages_t) * PAGE_RANKS, lists.block_ranks)
+    return jax.lax.fori_loop(0, blocks, multiply_ranks, (y_te, h_utr))[0]
+
+
+def _place(segments: Sequence[_Segment], program, block_columns: int):
+    """A program's part, its first column, and where its segment ends."""
+    first = 0
     part, column, stop = (jnp.int32(0) for _ in range(3))
     for s in segments:
         here = program >= first
@@ -174,34 +253,61 @@ def _place(segments: Sequence[_Segment], *, block_columns: int):
 
 
 class _Lists(NamedTuple):
-    """The rank lists of one of so many parts, as references of a kernel."""
+    """The rank lists of one part, in a kernel.
 
-    rows_XT: Any
+    Attributes:
+      tile_t: each row's tile, -1 for none.
+      pages_t: how many pages its list has.
+      row_t: the rows.
+      page_XQ, h_UC: references.
+      first_m: the part's first row of `page_XQ`.
+      first_c: the part's first column of `h_UC`.
+      rows: T.
+      block_ranks: ranks of a block.
+    """
+
+    tile_t: jax.Array
+    pages_t: jax.Array
+    row_t: jax.Array
     page_XQ: Any
     h_UC: Any
-    part: jax.Array
-    parts: int
+    first_m: jax.Array
+    first_c: jax.Array
+    rows: int
     block_ranks: int
 
-    def of_rows(self, row_t, is_row_t):
-        """Each row's tile, -1 for none, and how many pages its list has."""
-        tile_t = plgpu.load(self.rows_XT.at[0, row_t], mask=is_row_t, other=-1)
-        return tile_t, plgpu.load(self.rows_XT.at[1 + self.part, row_t], mask=is_row_t, other=0)
+    @classmethod
+    def of(cls, part, rows_XT, page_XQ, h_UC, row_t, *, block_ranks: int) -> "_Lists":
+        parts, T = rows_XT.shape[0] - 1, rows_XT.shape[1]
+        part, is_row_t = jnp.maximum(part, 0), row_t < T
+        return cls(
+            tile_t=plgpu.load(rows_XT.at[0, row_t], mask=is_row_t, other=-1),
+            pages_t=plgpu.load(rows_XT.at[1 + part, row_t], mask=is_row_t, other=0),
+            row_t=row_t,
+            page_XQ=page_XQ,
+            h_UC=h_UC,
+            first_m=part * (page_XQ.shape[0] // parts),
+            first_c=part * (h_UC.shape[1] // parts),
+            rows=T,
+            block_ranks=block_ranks,
+        )
 
     def pages(self, m, k) -> jax.Array:
         """Page of each rank of block k of tile m's list; page 0 after its end."""
-        first_m = self.part * (self.page_XQ.shape[0] // self.parts)
         at_q = k * (self.block_ranks // PAGE_RANKS) + jnp.arange(self.block_ranks) // PAGE_RANKS
-        return plgpu.load(self.page_XQ.at[first_m + m, at_q])
+        return plgpu.load(self.page_XQ.at[self.first_m + m, at_q])
 
-    def sums(self, k, row_t, is_row_t) -> tuple[jax.Array, ...]:
-        """Each split's sums of block k of each row's list, `[t, r]`; zeros if there is none."""
-        T, list_ranks = self.rows_XT.shape[1], self.h_UC.shape[1] // self.parts
-        list_r = k * self.block_ranks + jnp.arange(self.block_ranks)
-        at_r, mask_tr = self.part * list_ranks + list_r, is_row_t[:, None] & (list_r < list_ranks)
+    def sums(self, k) -> tuple[jax.Array, ...]:
+        """Each split's sums of block k of each row's list, `[t, r]`; zeros after its end."""
+        rank_r = k * self.block_ranks + jnp.arange(self.block_ranks)
+        at_r, mask_tr = self.first_c + rank_r, rank_r < (self.pages_t * PAGE_RANKS)[:, None]
         return tuple(  # unrolled, so that all loads are in flight
-            plgpu.load(self.h_UC.at[(u * T + row_t)[:, None], at_r[None, :]], mask=mask_tr, other=0)
-            for u in range(self.h_UC.shape[0] // T)
+            plgpu.load(
+                self.h_UC.at[(u * self.rows + self.row_t)[:, None], at_r[None, :]],
+                mask=mask_tr,
+                other=0,
+            )
+            for u in range(self.h_UC.shape[0] // self.rows)
         )
 
 
@@ -216,7 +322,7 @@ def _product(x_TD, w_DE, row_t, at_e, is_row_t, is_column_e, *, block_k: int) ->
             x_mask_td, w_mask_de = x_mask_td & (at_d < D)[None, :], w_mask_de & (at_d < D)[:, None]
         x_td = plgpu.load(x_TD.at[row_t[:, None], at_d[None, :]], mask=x_mask_td, other=0)
         w_de = plgpu.load(w_DE.at[at_d[:, None], at_e[None, :]], mask=w_mask_de, other=0)
-        return y_te + triton.dot(x_td, w_de, contract=(1, 0))
+        return y_te + dot(x_td, w_de, contract=(1, 0))
 
     zeros_te = jnp.zeros((row_t.shape[0], at_e.shape[0]), jnp.float32)
     return jax.lax.fori_loop(0, pl.cdiv(D, block_k), step, zeros_te)

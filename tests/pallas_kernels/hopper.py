@@ -45,4 +45,6 @@ def interpret_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes interpreted and lowered clears jax's caches in between.
     """
     if jax.default_backend() != "gpu":
+        # Interpreted programs run one after the other, each in one piece.
+        monkeypatch.setattr(plgpu, "debug_barrier", lambda: None)
         monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))

@@ -9,15 +9,16 @@ import pytest
 
 from pallas_kernels import lora_matmul as op
 from pallas_kernels.lora_matmul import reference, tiles_linear, triton_linear
-from pallas_kernels.lora_matmul.tiles import lora_tile
+from pallas_kernels.lora_matmul.tiles import ShrinkTile, block_rows
 from pallas_kernels.lora_matmul.tiles_linear import LinearTile
 from tests.pallas_kernels.hopper import interpret_kernels, launches, lower_for_hopper
 from tests.pallas_kernels.test_lora_lowering import LINEARS, pool_shapes
-from tests.pallas_kernels.test_lora_triton import CASES, FLOAT32, LAYER, TILE, TOLERANCES, make_part
+from tests.pallas_kernels.test_lora_triton import CASES, FLOAT32, LAYER, TOLERANCES, make_part
 
 WIDTH, COLUMNS = 40, 48  # no block divides the width, nor the parts' 24 and 13 columns
 # Several steps of each loop.
-CUT = LinearTile(block_columns=16, block_k=16, block_ranks=16, warps=4, stages=3)
+SHRINK = ShrinkTile(block_k=16, block_ranks=16, rank_programs=2, splits=2, warps=4, stages=3)
+CUT = LinearTile(block_columns=16, block_k=16, block_ranks=16, tile_rows=16, shrink=SHRINK)
 
 
 def make_parts(pages_of, dtype) -> list[op.Part]:
@@ -35,16 +36,18 @@ def check(adapters, pages_of, *, merged=-1, dtype=jnp.float32, cut=CUT, pool_dty
     keys = jax.random.split(jax.random.key(len(adapters)), 2)
     x_TD = jax.random.normal(keys[0], (len(adapters), WIDTH), dtype)
     w_DE = jax.random.normal(keys[1], (WIDTH, COLUMNS), dtype) / dtype(WIDTH**0.5)
-    got_TE = triton_linear.lora_linear(
+    got_TE, arrived, _ = triton_linear.lora_linear(
         x_TD,
         w_DE,
         tuple(part.pool for part in parts),
         op.RowTiles.of(jnp.asarray(adapters, jnp.int32), merged=merged, block_rows=16),
         np.int32(LAYER),
+        jnp.zeros(1, jnp.int32),
+        jnp.full(1, 7, jnp.int32),
         columns=tuple(part.column for part in parts),
-        tile=TILE,
         cut=cut,
     )
+    assert arrived.tolist() == [0]
     base_TE = np.asarray(x_TD, np.float64) @ np.asarray(w_DE, np.float64)
     want_TE = reference.lora_matmul(
         base_TE, x_TD, parts, adapter_T=adapters, merged=merged, layer=LAYER
@@ -78,7 +81,10 @@ class TestValues:
             dict(block_ranks=64),
             dict(block_k=64),  # wider than the input
             dict(block_columns=32),  # wider than a part
-            dict(stages=1),
+            dict(tile_rows=32),
+            dict(shrink=dataclasses.replace(SHRINK, stages=1)),
+            dict(shrink=dataclasses.replace(SHRINK, splits=1, block_ranks=32)),
+            dict(shrink=dataclasses.replace(SHRINK, splits=3, rank_programs=1)),
         ],
         ids=str,
     )
@@ -144,19 +150,18 @@ SIZES = LINEARS | {
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("rows", [1, tiles_linear.MAX_ROWS])
 @pytest.mark.parametrize(("width", "widths"), SIZES.values(), ids=SIZES.keys())
-def test_linears_that_share_an_input_are_two_launches(width, widths, rows, dtype):
+def test_linears_that_share_an_input_are_one_launch(width, widths, rows, dtype):
     E = sum(widths)
 
     def multiply(x_TD, w_DE, pools, adapter_T):
-        tile = lora_tile(rows=rows, width=width, columns=E)
         return triton_linear.lora_linear(
             x_TD,
             w_DE,
             pools,
-            op.RowTiles.of(adapter_T, block_rows=tile.block_rows),
+            op.RowTiles.of(adapter_T, block_rows=block_rows(rows)),
             np.int32(0),
+            *[jnp.zeros(1, jnp.int32)] * 2,
             columns=tuple(sum(widths[:i]) for i in range(len(widths))),
-            tile=tile,
         )
 
     text = lower_for_hopper(
@@ -166,7 +171,7 @@ def test_linears_that_share_an_input_are_two_launches(width, widths, rows, dtype
         tuple(pool_shapes(width, columns, dtype) for columns in widths),
         jax.ShapeDtypeStruct((rows,), jnp.int32),
     )
-    assert launches(text) == 2
+    assert launches(text) == 1
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -180,8 +185,13 @@ def test_computed_cuts_are_legal(width, columns, itemsize):
     ("change", "message"),
     [
         (dict(block_columns=8), "block_columns=8 is not a power of two of at least 16"),
-        (dict(warps=3), "warps=3 is not 1, 2, 4, 8 or 16"),
-        (dict(stages=0), "stages=0 is not at least 1"),
+        (dict(tile_rows=24), "tile_rows=24 is not a power of two of at least 16"),
+        (
+            dict(shrink=dataclasses.replace(SHRINK, warps=3)),
+            "warps=3 is not 1, 2, 4, 8 or 16",
+        ),
+        (dict(shrink=dataclasses.replace(SHRINK, stages=0)), "stages=0 is not at least 1"),
+        (dict(shrink=dataclasses.replace(SHRINK, splits=0)), "splits=0 is not at least 1"),
         (
             dict(block_k=4096),
             "it needs about 524288 bytes of shared memory, a program has 232448",

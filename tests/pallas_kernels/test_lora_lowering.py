@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import lora_matmul as op
-from pallas_kernels.lora_matmul import tiles, triton
+from pallas_kernels.lora_matmul import tiles
 from tests.pallas_kernels.hopper import launches, lower_for_hopper
 
 LAYERS, PAGES, SLOTS = 32, 256, 33
@@ -60,7 +60,7 @@ def test_linears_that_share_an_input_are_two_launches(width, widths, rows):
 
 def test_partial_sums_have_room_for_two_adapters_of_the_highest_rank_and_no_more():
     splits = LEGAL.shrink.splits
-    assert f"tensor<{splits * 8}x{2 * triton.MAX_RANK}xf32>" in lower(8, 4096, (4096,))
+    assert f"tensor<{splits * 8}x{2 * op.MAX_RANK}xf32>" in lower(8, 4096, (4096,))
 
 
 def test_all_layers_share_one_lowering():

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from pallas_kernels.lora_matmul import base_product
 from valora_jax.lora.batch import LoraBatch
 
 
@@ -51,7 +52,4 @@ class Linear(nnx.Module):
                 columns=(0, *self.splits),
                 layer=self.layer,
             )
-        y_TE = jnp.dot(x_TD, kernel_DE, preferred_element_type=jnp.float32)
-        if bias_E is not None:
-            y_TE += bias_E
-        return y_TE.astype(x_TD.dtype)
+        return base_product(x_TD, kernel_DE, bias_E)

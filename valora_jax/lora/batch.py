@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.lora_matmul import (
     MAX_RANK,
     PAGE_RANKS,
+    Counters,
     Implementation,
     LoraPool,
     Part,
@@ -35,6 +36,7 @@ class LoraBatch:
         whose adapters may bring a bias are in it.
       adapter_T: `[T]` int32 adapter slot of each row, -1 for the base model.
       tiles: the rows cut into tiles of one adapter each.
+      counters: of the launches; None where the implementation has none.
       implementation: which kernel multiplies.
       segments: how many adapters the rows bring, where that is known when a step is compiled; the
         kernel's tile is chosen by it, and none is wrong.
@@ -44,6 +46,7 @@ class LoraBatch:
     biases_LSE: Mapping[str, jax.Array]
     adapter_T: jax.Array
     tiles: RowTiles
+    counters: Counters | None
     implementation: Implementation = dataclasses.field(metadata={"static": True})
     segments: Segments = dataclasses.field(metadata={"static": True})
 
@@ -64,6 +67,7 @@ class LoraBatch:
             biases_LSE=biases_LSE,
             adapter_T=adapter_T,
             tiles=RowTiles.of(adapter_T, block_rows=height),
+            counters=Counters.new() if implementation == "triton" else None,
             implementation=implementation,
             segments=segments,
         )
@@ -119,8 +123,8 @@ class LoraBatch:
           sites, columns, layer: as in `add`.
         """
         first_of = self._served(sites, columns)
-        how = self._how(first_of, layer)
-        y_TE = lora_linear(x_TD, w_DE, self._parts(first_of), bias_E=bias_E, **how)
+        how = self._how(first_of, layer) | dict(bias_E=bias_E, counters=self.counters)
+        y_TE = lora_linear(x_TD, w_DE, self._parts(first_of), **how)
         return self._add_biases(y_TE, first_of, layer=layer)
 
     def _served(self, sites: Sequence[str], columns: Sequence[int]) -> dict[str, int]:

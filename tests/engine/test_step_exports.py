@@ -56,8 +56,8 @@ def test_the_xla_step_lowers_for_a_tpu(batch):
     assert "stablehlo.dot_general" in exported.mlir_module()
 
 
-# Attention of a layer: rotary, write and attention in one launch, or write, decodes and chunks. Four
-# products with adapters: one launch, in the text one for all layers, or shrink and expand.
+# Attention of a layer: rotary, write and attention in one launch, or write, decodes and chunks.
+# Four products with adapters: one launch, in the text one for all layers, or shrink and expand.
 KERNELS = {"decodes": LAYERS * 1 + 4, "prompts": LAYERS * 3 + 4 * 2}
 
 

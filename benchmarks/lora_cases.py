@@ -34,7 +34,7 @@ FIXED_TILE = LoraTile(
     block_rows=64,
     row_programs=264,
     shrink=ShrinkTile(block_k=32, block_ranks=64, rank_programs=1, splits=1, warps=4, stages=3),
-    expand=ExpandTile(block_columns=64, block_ranks=32, warps=4, stages=3),
+    expand=ExpandTile(block_columns=64, blocks=1, block_ranks=32, warps=4, stages=3),
 )
 
 

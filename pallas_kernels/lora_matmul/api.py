@@ -98,9 +98,25 @@ def lora_linear(
     if implementation == "triton" and few and parts:
         _check(parts, D=D, E=E, layer=layer)
         pools, columns = tuple(p.pool for p in parts), tuple(p.column for p in parts)
+        cut = tiles_linear.linear_tile(
+            width=D,
+            columns=E,
+            parts=len(parts),
+            itemsize=x_TD.dtype.itemsize,
+            tile_rows=tiles_linear.block_rows(tiles.block_rows),
+            device=_device(),
+        )
         arrived, spare = counters or Counters.new()
         y_TE, arrived[...], spare[...] = triton_linear.lora_linear(
-            x_TD, w_DE, pools, tiles, np.int32(layer), arrived[...], spare[...], columns=columns
+            x_TD,
+            w_DE,
+            pools,
+            tiles,
+            np.int32(layer),
+            arrived[...],
+            spare[...],
+            columns=columns,
+            cut=cut,
         )
         return y_TE
     return lora_matmul(

@@ -59,6 +59,7 @@ def ladders(task: Task) -> Ladders:
         "shrink.warps": (1, 2, 4, 8),
         "shrink.stages": (1, 2, 3, 4, 5, 6),
         "expand.block_columns": (32, 64, 128, 256),
+        "expand.blocks": (1, 2, 4, 8, 16),
         "expand.block_ranks": (16, 32, 64, 128),
         "expand.warps": (1, 2, 4, 8),
         "expand.stages": (1, 2, 3, 4),

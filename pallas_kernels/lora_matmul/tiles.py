@@ -34,9 +34,16 @@ class ShrinkTile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ExpandTile:
-    """How `h @ B` is cut: output columns of an item, ranks of a step; see `ShrinkTile`."""
+    """How `h @ B` is cut; see `ShrinkTile`.
+
+    Attributes:
+      block_columns: output columns that are added to at once.
+      blocks: of columns, one after the other, of a program.
+      block_ranks: ranks multiplied at once.
+    """
 
     block_columns: int
+    blocks: int
     block_ranks: int
     warps: int
     stages: int
@@ -57,6 +64,12 @@ class LoraTile:
     expand: ExpandTile
 
 
+def multiprocessors(device: str | None) -> int:
+    """Returns how many a device has; an H100's number when None or unknown."""
+    known = (count for name, count in _MULTIPROCESSORS.items() if name in (device or ""))
+    return next(known, _MULTIPROCESSORS["H100"])
+
+
 def block_rows(rows: int) -> int:
     """Returns a good height of row tiles for a step of so many rows."""
     if rows <= 64:  # decodes: a few rows of each of many adapters
@@ -74,13 +87,10 @@ def lora_tile(*, rows: int, width: int, columns: int, device: str | None = None)
       columns: E, of all linears that share the input.
       device: `jax.Device.device_kind`; an H100 when None or unknown.
     """
-    kinds = (count for name, count in _MULTIPROCESSORS.items() if name in (device or ""))
-    multiprocessors = next(kinds, _MULTIPROCESSORS["H100"])
+    count = multiprocessors(device)
     height = block_rows(rows)
     row_tiles = math.ceil(rows / height)
-    shrink = _shrink_tile(
-        height, row_tiles, width=width, columns=columns, multiprocessors=multiprocessors
-    )
+    shrink = _shrink_tile(height, row_tiles, width=width, columns=columns, multiprocessors=count)
     return LoraTile(
         block_rows=height,
         # One for each row of a decode, as each may bring another adapter; more than there is work
@@ -88,9 +98,10 @@ def lora_tile(*, rows: int, width: int, columns: int, device: str | None = None)
         row_programs=min(rows, 64) if rows < 256 else row_tiles + 8,
         shrink=dataclasses.replace(shrink, block_k=max(16, min(128, power_of_two(width)))),
         expand=ExpandTile(
-            block_columns=max(16, min(128, power_of_two(columns))),
+            # At 64 rows, more columns take so many registers that fewer programs fit.
+            block_columns=max(16, min(64 if height == 64 else 128, power_of_two(columns))),
+            blocks=8 if 4 * row_tiles > count else 1,
             block_ranks=64,
-            # At 64 rows, more take so many registers that fewer programs fit.
             warps=4,
             stages=1 if height == 64 else 2,
         ),
@@ -141,7 +152,10 @@ def refusals(tile: LoraTile, *, itemsize: int) -> list[str]:
         if size < 16 or size != power_of_two(size)
     ]
     counts = dict(
-        row_programs=tile.row_programs, rank_programs=shrink.rank_programs, splits=shrink.splits
+        row_programs=tile.row_programs,
+        rank_programs=shrink.rank_programs,
+        splits=shrink.splits,
+        blocks=expand.blocks,
     )
     for kernel, cut in (("shrink", shrink), ("expand", expand)):
         if cut.warps not in (1, 2, 4, 8, 16):

@@ -1,11 +1,17 @@
 """Shapes of the blocks in which `triton_linear` works: a base product with its LoRA updates."""
 
 import dataclasses
+import math
 
-from pallas_kernels.lora_matmul.tiles import SHARED_MEMORY_BYTES, ShrinkTile, power_of_two
+from pallas_kernels.lora_matmul.tiles import (
+    SHARED_MEMORY_BYTES,
+    ShrinkTile,
+    multiprocessors,
+    power_of_two,
+)
 
 MAX_ROWS = 32  # above, programs read about as much of x as of w
-MIN_PROGRAMS = 92  # 70 % of an H100's multiprocessors: fewer do not saturate its memory
+MIN_PROGRAMS = 64  # fewer do not saturate an H100's memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,6 +23,7 @@ class LinearTile:
       block_k: input columns of one step.
       block_ranks: ranks multiplied at once.
       tile_rows: of a block of the shrink, which has a row tile; no fewer than a tile has.
+      row_programs: of the shrink along the rows, at most; each does every so many-th row tile.
       shrink: its cut. One launch has one number of warps and of stages.
     """
 
@@ -24,6 +31,7 @@ class LinearTile:
     block_k: int
     block_ranks: int
     tile_rows: int
+    row_programs: int
     shrink: ShrinkTile
 
     @property
@@ -37,32 +45,46 @@ class LinearTile:
         return self.shrink.stages
 
 
-def linear_tile(*, width: int, columns: int, itemsize: int, tile_rows: int = 16) -> LinearTile:
+def linear_tile(
+    *,
+    width: int,
+    columns: int,
+    parts: int,
+    itemsize: int,
+    tile_rows: int = 16,
+    device: str | None = None,
+) -> LinearTile:
     """Returns a good tile for up to `MAX_ROWS` rows, whose bytes are those of the weights.
 
     Args:
       width: D.
       columns: E, of all linears that share the input.
+      parts: how many of them there are.
       itemsize: bytes of an element of x and w.
       tile_rows: of a row tile, at most; a power of two of at least 16.
+      device: `jax.Device.device_kind`; an H100 when None or unknown.
     """
     # The wider the blocks, the fewer programs read x.
     # Exact float32 products have no tensor cores, and in wide blocks spill their registers.
     wide = () if itemsize > 2 else (128, 64)
     block_columns = next((size for size in wide if columns / size >= MIN_PROGRAMS), 32)
-    block_k, stages = {128: (64, 5), 64: (64, 6), 32: (128, 7)}[block_columns]
+    block_k, stages = {128: (64, 5), 64: (128, 5), 32: (128, 7)}[block_columns]
     most_k = power_of_two(width)
+    # Programs that do not find a multiprocessor of their own make others wait.
+    programs, count = math.ceil(columns / block_columns), multiprocessors(device)
+    spare = count * math.ceil(programs / count) - programs
     return LinearTile(
         block_columns=max(16, min(block_columns, power_of_two(columns))),
         block_k=max(16, min(block_k * 2 // itemsize, most_k)),
         block_ranks=64,
         tile_rows=tile_rows,
+        row_programs=max(1, spare // parts),
         # Beside the base product there is time: the fewer sums, the less is read after it.
         shrink=ShrinkTile(
             block_k=max(16, min(256 // itemsize, most_k)),
-            block_ranks=32,
-            rank_programs=2,
-            splits=max(1, width // 4096),
+            block_ranks=64,
+            rank_programs=1,
+            splits=1,
             warps=4,
             stages=stages,
         ),
@@ -93,7 +115,10 @@ def refusals(tile: LinearTile, *, rows: int, itemsize: int) -> list[str]:
     if tile.warps not in (1, 2, 4, 8, 16):
         found.append(f"warps={tile.warps} is not 1, 2, 4, 8 or 16")
     counts = dict(
-        stages=tile.stages, rank_programs=tile.shrink.rank_programs, splits=tile.shrink.splits
+        row_programs=tile.row_programs,
+        stages=tile.stages,
+        rank_programs=tile.shrink.rank_programs,
+        splits=tile.shrink.splits,
     )
     found += [f"{name}={count} is not at least 1" for name, count in counts.items() if count < 1]
     if (needed := shared_memory_bytes(tile, rows=rows, itemsize=itemsize)) > SHARED_MEMORY_BYTES:

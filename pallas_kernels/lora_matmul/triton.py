@@ -97,64 +97,119 @@ def _expand(y_TE, h_UC, pools, tables, layer, *, columns, tile: LoraTile) -> jax
         block_rows=tile.block_rows,
         cut=cut,
     )
-    blocks = sum(pl.cdiv(pool.b_RE.shape[1], cut.block_columns) for pool in pools)
+    programs = sum(_column_programs(pool.b_RE, cut) for pool in pools)
     return pl.pallas_call(
         body,
         out_shape=jax.ShapeDtypeStruct(y_TE.shape, y_TE.dtype),
-        grid=(blocks, min(tile.row_programs, tables[0].shape[0] - 1)),
+        grid=(programs, min(tile.row_programs, tables[0].shape[0] - 1)),
         compiler_params=plgpu.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
         input_output_aliases={0: 0},
         name="lora_expand",
     )(y_TE, layer, tables, h_UC, tuple(pool.b_RE for pool in pools))
 
 
+def _column_programs(b_RE, cut: ExpandTile) -> int:
+    return pl.cdiv(b_RE.shape[1], cut.block_columns * cut.blocks)
+
+
 def _expand_body(
     y_TE, layer, tables, h_UC, b_refs, out_TE, *, columns, pages, block_rows, cut: ExpandTile
 ):
-    T, list_ranks = y_TE.shape[0], h_UC.shape[1] // len(b_refs)
-    any_block, first_m = (pl.program_id(axis) for axis in range(2))
-    row_programs, first_block = pl.num_programs(1), 0
+    list_ranks = h_UC.shape[1] // len(b_refs)
+    any_program, first_m = (pl.program_id(axis) for axis in range(2))
+    row_programs, first_program = pl.num_programs(1), 0
     for i, (table_MX, b_RE) in enumerate(zip(tables, b_refs, strict=True)):
-        block = any_block - first_block
-        blocks = pl.cdiv(b_RE.shape[1], cut.block_columns)
-        first_block += blocks
+        program, programs = any_program - first_program, _column_programs(b_RE, cut)
+        first_program += programs
+        multiply = functools.partial(
+            _expand_tile,
+            y_TE=y_TE,
+            layer=layer,
+            table_MX=table_MX,
+            h_UC=h_UC,
+            b_RE=b_RE,
+            out_TE=out_TE,
+            first_block=program * cut.blocks,
+            first_column=columns[i],
+            first_rank=i * list_ranks,
+            pages=pages[i],
+            block_rows=block_rows,
+            cut=cut,
+        )
+        read = functools.partial(read_tile, table_MX, block=0, block_ranks=cut.block_ranks)
 
-        def multiply(of: TileRow, m, *, i=i, table_MX=table_MX, b_RE=b_RE, block=block):
-            row_t, in_tile_t = rows_of(of, block_rows=block_rows)
-            at_e = block * cut.block_columns + jnp.arange(cut.block_columns)
-            in_part_e = at_e < b_RE.shape[1]
-            y_at = (row_t[:, None], (columns[i] + at_e)[None, :])
-            y_mask_te = in_tile_t[:, None] & in_part_e[None, :]
+        @pl.when((program >= 0) & (program < programs))
+        def _(multiply=multiply, read=read, tiles=table_MX.shape[0] - 1):
+            for_each_tile(read, multiply, first_m, row_programs, tiles=tiles)
 
-            def multiply_ranks(k, carry):
-                page_r, sum_te = carry
-                next_page_r = page_ids(table_MX, m, k + 1, block_ranks=cut.block_ranks)
-                rank_r, in_list_r = ranks_of(of, k, block_ranks=cut.block_ranks)
-                row_r = pool_rows(page_r, rank_r, layer=layer, pages=pages[i])
-                mask_tr = in_tile_t[:, None] & in_list_r[None, :]
-                h_tr = _sum_of_splits(h_UC, row_t, i * list_ranks + rank_r, mask_tr, T=T)
-                b_re = plgpu.load(
-                    b_RE.at[row_r[:, None], at_e[None, :]],
-                    mask=in_list_r[:, None] & in_part_e[None, :],
-                    other=0,
-                )
-                h_tr, b_re = h_tr.astype(y_TE.dtype), b_re.astype(y_TE.dtype)
-                return next_page_r, sum_te + dot(h_tr, b_re, contract=(1, 0))
 
-            @pl.when(of.pages > 0)
-            def _():
-                # Loaded first, for its latency; added last, in the layout in which it is stored.
-                y_te = plgpu.load(y_TE.at[*y_at], mask=y_mask_te, other=0)
-                steps = pl.cdiv(of.pages * PAGE_RANKS, cut.block_ranks)
-                zeros_te = jnp.zeros(y_te.shape, jnp.float32)
-                _, sum_te = jax.lax.fori_loop(0, steps, multiply_ranks, (of.page_r, zeros_te))
-                y_te = (y_te.astype(jnp.float32) + sum_te).astype(out_TE.dtype)
-                plgpu.store(out_TE.at[*y_at], y_te, mask=y_mask_te)
+def _expand_tile(
+    of: TileRow,
+    m,
+    *,
+    y_TE,
+    layer,
+    table_MX,
+    h_UC,
+    b_RE,
+    out_TE,
+    first_block,
+    first_column: int,
+    first_rank: int,
+    pages: int,
+    block_rows: int,
+    cut: ExpandTile,
+) -> None:
+    """Adds `h @ B` to row tile m of a part, in some blocks of its columns."""
+    row_t, in_tile_t = rows_of(of, block_rows=block_rows)
 
-        @pl.when((block >= 0) & (block < blocks))
-        def _(multiply=multiply, table_MX=table_MX):
-            read = functools.partial(read_tile, table_MX, block=0, block_ranks=cut.block_ranks)
-            for_each_tile(read, multiply, first_m, row_programs, tiles=table_MX.shape[0] - 1)
+    def columns_of(n):
+        at_e = (first_block + n) * cut.block_columns + jnp.arange(cut.block_columns)
+        return at_e, (at_e < b_RE.shape[1]) & (n < cut.blocks)
+
+    def load_y(n):
+        at_e, in_part_e = columns_of(n)
+        y_at = y_TE.at[row_t[:, None], (first_column + at_e)[None, :]]
+        return plgpu.load(y_at, mask=in_tile_t[:, None] & in_part_e[None, :], other=0)
+
+    def load_h(k):
+        rank_r, in_list_r = ranks_of(of, k, block_ranks=cut.block_ranks)
+        mask_tr = in_tile_t[:, None] & in_list_r[None, :]
+        h_tr = _sum_of_splits(h_UC, row_t, first_rank + rank_r, mask_tr, T=y_TE.shape[0])
+        return h_tr.astype(y_TE.dtype)
+
+    def load_b(k, page_r, n):
+        rank_r, in_list_r = ranks_of(of, k, block_ranks=cut.block_ranks)
+        at_e, in_part_e = columns_of(n)
+        row_r = pool_rows(page_r, rank_r, layer=layer, pages=pages)
+        b_at, mask_re = b_RE.at[row_r[:, None], at_e[None, :]], in_list_r[:, None] & in_part_e
+        return plgpu.load(b_at, mask=mask_re, other=0).astype(y_TE.dtype)
+
+    @pl.when(of.pages > 0)
+    def _():
+        steps = pl.cdiv(of.pages * PAGE_RANKS, cut.block_ranks)
+        h_tr = load_h(0)
+
+        def add_block(n, carry):
+            y_te, b_re = carry
+            # The next block's, which come while this one is multiplied and stored.
+            following = load_y(n + 1), load_b(0, of.page_r, n + 1)
+
+            def add_ranks(k, sum_te):
+                page_r = page_ids(table_MX, m, k, block_ranks=cut.block_ranks)
+                return sum_te + dot(load_h(k), load_b(k, page_r, n), contract=(1, 0))
+
+            sum_te = dot(h_tr, b_re, contract=(1, 0))
+            sum_te = jax.lax.fori_loop(1, steps, add_ranks, sum_te)
+            at_e, in_part_e = columns_of(n)
+            plgpu.store(
+                out_TE.at[row_t[:, None], (first_column + at_e)[None, :]],
+                (y_te.astype(jnp.float32) + sum_te).astype(out_TE.dtype),
+                mask=in_tile_t[:, None] & in_part_e[None, :],
+            )
+            return following
+
+        jax.lax.fori_loop(0, cut.blocks, add_block, (load_y(0), load_b(0, of.page_r, 0)))
 
 
 def _sum_of_splits(h_UC, row_t, at_r, mask_tr, *, T: int) -> jax.Array:

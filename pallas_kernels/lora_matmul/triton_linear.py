@@ -31,7 +31,7 @@ from pallas_kernels.lora_matmul.rank_tables import (
     pool_rows,
     rank_tables,
 )
-from pallas_kernels.lora_matmul.tiles_linear import LinearTile, block_rows, linear_tile, refusals
+from pallas_kernels.lora_matmul.tiles_linear import LinearTile, block_rows, refusals
 from pallas_kernels.lora_matmul.triton import check_rows
 from pallas_kernels.lora_matmul.triton_shrink import Shrink, dot
 
@@ -48,7 +48,7 @@ def lora_linear(
     spare: jax.Array,
     *,
     columns: tuple[int, ...],
-    cut: LinearTile | None = None,
+    cut: LinearTile,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `api.lora_linear`, which has checked the shapes; `columns` are the parts' first ones.
 
@@ -60,11 +60,7 @@ def lora_linear(
       `[T, E]` sums, then zero and any value: `arrived` and `spare` of the next launch. A launch
       sets the other's counter back, as nobody knows when its own is not read any more.
     """
-    (T, D), E = x_TD.shape, w_DE.shape[1]
-    itemsize = x_TD.dtype.itemsize
-    if cut is None:
-        tile_rows = block_rows(tiles.block_rows)
-        cut = linear_tile(width=D, columns=E, itemsize=itemsize, tile_rows=tile_rows)
+    T, E, itemsize = x_TD.shape[0], w_DE.shape[1], x_TD.dtype.itemsize
     check_rows(x_TD, x_TD, tiles, block_rows=cut.tile_rows)
     if faults := refusals(cut, rows=T, itemsize=itemsize):
         raise ValueError(f"{cut} is not legal: " + "; ".join(faults))
@@ -75,7 +71,11 @@ def lora_linear(
         rank_programs=cut.shrink.rank_programs,
     )
     shrink = Shrink.of(
-        pools, list_ranks=list_ranks, block_rows=cut.tile_rows, row_programs=T, cut=cut.shrink
+        pools,
+        list_ranks=list_ranks,
+        block_rows=cut.tile_rows,
+        row_programs=min(cut.row_programs, tiles.first_M.shape[0]),
+        cut=cut.shrink,
     )
     segments = _segments(pools, columns, E)
     programs = sum(pl.cdiv(s.stop - s.start, cut.block_columns) for s in segments)

@@ -18,7 +18,9 @@ from tests.pallas_kernels.test_lora_triton import CASES, FLOAT32, LAYER, TOLERAN
 WIDTH, COLUMNS = 40, 48  # no block divides the width, nor the parts' 24 and 13 columns
 # Several steps of each loop.
 SHRINK = ShrinkTile(block_k=16, block_ranks=16, rank_programs=2, splits=2, warps=4, stages=3)
-CUT = LinearTile(block_columns=16, block_k=16, block_ranks=16, tile_rows=16, shrink=SHRINK)
+CUT = LinearTile(
+    block_columns=16, block_k=16, block_ranks=16, tile_rows=16, row_programs=2, shrink=SHRINK
+)
 
 
 def make_parts(pages_of, dtype) -> list[op.Part]:
@@ -82,6 +84,7 @@ class TestValues:
             dict(block_k=64),  # wider than the input
             dict(block_columns=32),  # wider than a part
             dict(tile_rows=32),
+            dict(row_programs=64),  # more than rows
             dict(shrink=dataclasses.replace(SHRINK, stages=1)),
             dict(shrink=dataclasses.replace(SHRINK, splits=1, block_ranks=32)),
             dict(shrink=dataclasses.replace(SHRINK, splits=3, rank_programs=1)),
@@ -92,8 +95,9 @@ class TestValues:
         cut = dataclasses.replace(CUT, **cut)
         check([0, 0, 1, -1, 2, 2, 2], {0: [5], 1: [1, 7, 6, 3], 2: [4, 2]}, cut=cut)
 
-    def test_the_computed_cut_is_taken_by_default(self):
-        check([2, 1, 1], {1: [1, 7], 2: [4]}, cut=None)
+    def test_the_computed_cut(self):
+        cut = tiles_linear.linear_tile(width=WIDTH, columns=COLUMNS, parts=2, itemsize=4)
+        check([2, 1, 1], {1: [1, 7], 2: [4]}, cut=cut)
 
     def test_weights_are_cast_to_the_dtype_of_the_rows(self):
         check([1, 0], {0: [5], 1: [3]}, dtype=jnp.bfloat16, pool_dtype=jnp.float32)
@@ -151,7 +155,12 @@ SIZES = LINEARS | {
 @pytest.mark.parametrize("rows", [1, tiles_linear.MAX_ROWS])
 @pytest.mark.parametrize(("width", "widths"), SIZES.values(), ids=SIZES.keys())
 def test_linears_that_share_an_input_are_one_launch(width, widths, rows, dtype):
-    E = sum(widths)
+    E, cut = (
+        sum(widths),
+        tiles_linear.linear_tile(
+            width=width, columns=sum(widths), parts=len(widths), itemsize=jnp.dtype(dtype).itemsize
+        ),
+    )
 
     def multiply(x_TD, w_DE, pools, adapter_T):
         return triton_linear.lora_linear(
@@ -162,6 +171,7 @@ def test_linears_that_share_an_input_are_one_launch(width, widths, rows, dtype):
             np.int32(0),
             *[jnp.zeros(1, jnp.int32)] * 2,
             columns=tuple(sum(widths[:i]) for i in range(len(widths))),
+            cut=cut,
         )
 
     text = lower_for_hopper(
@@ -177,7 +187,7 @@ def test_linears_that_share_an_input_are_one_launch(width, widths, rows, dtype):
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize(("width", "columns"), [(8, 8), (40, 24), (4096, 12288), (4096, 6144)])
 def test_computed_cuts_are_legal(width, columns, itemsize):
-    cut = tiles_linear.linear_tile(width=width, columns=columns, itemsize=itemsize)
+    cut = tiles_linear.linear_tile(width=width, columns=columns, parts=1, itemsize=itemsize)
     assert tiles_linear.refusals(cut, rows=tiles_linear.MAX_ROWS, itemsize=itemsize) == []
 
 

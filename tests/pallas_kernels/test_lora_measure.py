@@ -17,7 +17,7 @@ TILE = LoraTile(
     block_rows=16,
     row_programs=2,
     shrink=ShrinkTile(block_k=16, block_ranks=32, rank_programs=1, splits=2, warps=4, stages=2),
-    expand=ExpandTile(block_columns=16, block_ranks=32, warps=4, stages=2),
+    expand=ExpandTile(block_columns=16, blocks=1, block_ranks=32, warps=4, stages=2),
 )
 
 

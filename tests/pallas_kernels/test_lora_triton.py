@@ -26,7 +26,7 @@ TILE = LoraTile(
     block_rows=16,
     row_programs=2,
     shrink=ShrinkTile(block_k=16, block_ranks=16, rank_programs=2, splits=2, warps=4, stages=2),
-    expand=ExpandTile(block_columns=16, block_ranks=16, warps=4, stages=2),
+    expand=ExpandTile(block_columns=16, blocks=2, block_ranks=16, warps=4, stages=2),
 )
 
 # Adapter of each row, pages of each slot, the slot that is folded into the base product.
@@ -151,6 +151,12 @@ def test_any_cut_gives_the_same(shrink):
 @pytest.mark.parametrize("programs", [1, 3, 1000])
 def test_any_number_of_programs_shares_the_row_tiles(programs):
     check(*make_linear(), tile=dataclasses.replace(TILE, row_programs=programs))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 8])
+def test_any_number_of_blocks_of_columns_of_a_program(blocks):
+    expand = dataclasses.replace(TILE.expand, blocks=blocks)
+    check(*make_linear(), tile=dataclasses.replace(TILE, expand=expand))
 
 
 def test_the_expand_may_take_more_ranks_at_once_than_the_shrink():

@@ -14,12 +14,14 @@ class EngineConfig:
 
     Attributes:
       dtype: of weights and arithmetic. "auto" is the checkpoint's 16-bit type on an accelerator; on
-        a CPU float32, with prompts in bfloat16 if this CPU multiplies that faster.
+        a CPU float32, with prompts, their cache and decodes of several requests in bfloat16 if this
+        CPU multiplies that faster.
       kernels: implementation of LoRA and attention. "auto" is "triton" on an NVIDIA GPU and "xla"
         elsewhere.
       max_requests: requests that run at once; more wait.
       max_waiting: requests in the queue; more are refused.
-      max_tokens_per_step: prompt and decode tokens of one step. Longer prompts take several steps.
+      max_tokens_per_step: prompt and decode tokens of one step; None is two prompts of an image
+        and a short text. Longer prompts take several steps.
       max_request_tokens: prompt and answer together; None is what the model's positions allow.
       page_tokens: tokens of a key-value page; prefixes are shared in whole pages.
       kv_pages: key-value pages; None takes what the requests can use and the memory allows.
@@ -46,7 +48,7 @@ class EngineConfig:
     kernels: Kernels = "auto"
     max_requests: int = 16
     max_waiting: int = 1024
-    max_tokens_per_step: int = 512
+    max_tokens_per_step: int | None = None
     max_request_tokens: int | None = None
     page_tokens: int = 64
     kv_pages: int | None = None
@@ -87,7 +89,7 @@ class EngineConfig:
         ]
         if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
             faults.append(f"memory_fraction={self.memory_fraction} is not in (0, 1]")
-        if self.max_requests > self.max_tokens_per_step:
+        if self.max_tokens_per_step is not None and self.max_requests > self.max_tokens_per_step:
             faults.append(
                 f"max_requests={self.max_requests} exceeds max_tokens_per_step="
                 f"{self.max_tokens_per_step}: a step must hold one token of every request"

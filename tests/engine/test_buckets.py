@@ -1,7 +1,7 @@
 import hypothesis
 import hypothesis.strategies as st
 
-from valora_jax.engine.buckets import Buckets
+from valora_jax.engine.buckets import Buckets, default_step_tokens
 
 SIZES = st.fixed_dictionaries(
     dict(
@@ -41,3 +41,9 @@ def test_a_prompt_of_one_image_and_a_short_text_is_padded_little():
     )
     assert buckets.choose(decodes=4, prompt_tokens=600).tokens <= 1.1 * 604
     assert buckets.choose(decodes=4, prompt_tokens=20).tokens <= 64
+
+
+def test_the_largest_step_holds_two_such_prompts_by_default():
+    tokens = default_step_tokens(max_requests=16, tokens_per_image=576)
+    assert 2 * 620 + 16 <= tokens <= 2 * 640
+    assert default_step_tokens(max_requests=500, tokens_per_image=16) == 500

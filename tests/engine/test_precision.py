@@ -10,7 +10,7 @@ from valora_jax.engine.precision import Precision, bfloat16_gain, in_dtype
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_named_type_is_the_type_of_everything(dtype):
     chosen = Precision.choose(dtype, stored="float16")
-    assert (chosen.weights, chosen.prompts) == (np.dtype(dtype), np.dtype(dtype))
+    assert chosen == Precision.uniform(dtype)
 
 
 @pytest.mark.parametrize(
@@ -20,19 +20,32 @@ def test_a_named_type_is_the_type_of_everything(dtype):
 def test_an_accelerator_takes_the_checkpoints_16_bit_type(monkeypatch, stored, want):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     chosen = Precision.choose("auto", stored=stored)
-    assert (chosen.weights, chosen.prompts) == (np.dtype(want), np.dtype(want))
+    assert chosen == Precision.uniform(want)
 
 
-@pytest.mark.parametrize(("gain", "prompts"), [(0.4, "float32"), (1.1, "float32"), (2, "bfloat16")])
-def test_a_cpu_keeps_float32_but_for_prompts_that_bfloat16_speeds_up(monkeypatch, gain, prompts):
+@pytest.mark.parametrize(
+    ("prompt_gain", "several_gain", "prompts", "decodes"),
+    [
+        (0.4, 2, "float32", "float32"),
+        (1.1, 2, "float32", "float32"),
+        (2, 0.9, "bfloat16", "float32"),
+        (2, 1.2, "bfloat16", "bfloat16"),
+    ],
+)
+def test_a_cpu_takes_bfloat16_where_it_is_faster_and_worth_a_copy(
+    monkeypatch, prompt_gain, several_gain, prompts, decodes
+):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    monkeypatch.setattr(precision, "bfloat16_gain", lambda: gain)
-    chosen = Precision.choose("auto", stored="float16")
-    assert (chosen.weights, chosen.prompts) == (np.dtype("float32"), np.dtype(prompts))
+    gain_of_rows = {256: prompt_gain, precision.SEVERAL_ROWS: several_gain}
+    monkeypatch.setattr(precision, "bfloat16_gain", gain_of_rows.__getitem__)
+    assert Precision.choose("auto", stored="float16") == Precision(
+        weights=np.dtype("float32"), prompts=np.dtype(prompts), decodes=np.dtype(decodes)
+    )
 
 
-def test_the_gain_is_a_positive_number():
-    assert 0 < bfloat16_gain() < 1000
+@pytest.mark.parametrize("rows", [4, 256])
+def test_the_gain_is_a_positive_number(rows):
+    assert 0 < bfloat16_gain(rows) < 1000
 
 
 def test_matrices_are_cast_and_what_few_rows_need_stays():

@@ -14,6 +14,12 @@ MAX_CHUNKS = 8
 SMALLEST_MIXED_TOKENS = 64
 
 
+def default_step_tokens(*, max_requests: int, tokens_per_image: int) -> int:
+    """Two of the usual prompts, an image and a short text. What a step costs apart from its prompts
+    is shared by two then; with more of them a stream would wait longer for its next token."""
+    return max(max_requests, 2 * (tokens_per_image + SMALLEST_MIXED_TOKENS))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True, slots=True)
 class Bucket:
     """One compiled shape.

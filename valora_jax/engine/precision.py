@@ -1,8 +1,8 @@
 """Which dtype serves a step fastest on this device, and the weights in it.
 
-On a CPU decode steps read every weight for a few rows, where float32 wins, while prompts are bound
-by arithmetic, where bfloat16 wins if the CPU has fast instructions for it: measured, since CPUs
-with the same instruction set differ by a factor of three (docs/decisions.md).
+On a CPU bfloat16 wins where it has fast instructions for it: with prompts, which are bound by
+arithmetic, and with decode steps of several rows, which are bound by reading weights. Both are
+measured, since CPUs with the same instruction set differ by a factor of three (docs/decisions.md).
 """
 
 import dataclasses
@@ -19,45 +19,59 @@ from valora_jax.config import Dtype
 
 # A second copy of the weights has its price; a smaller gain is not worth it.
 _WORTH_A_COPY = 1.3
-_PROBE_ROWS, _PROBE_WIDTH, _PROBES = 256, 1024, 20
+_PROMPT_ROWS, _PROBE_WIDTH, _PROBES, _MATRICES = 256, 1024, 20, 4
+# Of a decode step that may run in bfloat16; one row took ten times as long as in float32.
+SEVERAL_ROWS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Precision:
     """Attributes:
-    weights: dtype of the weights, the cache and decode steps.
-    prompts: dtype of steps that hold prompt chunks, and of the vision tower.
+    weights: dtype of the weights, adapters and decode steps of few rows.
+    prompts: dtype of steps that hold prompt chunks and of the vision tower, and so of what these
+      make: the key-value cache, image features.
+    decodes: dtype of decode steps of at least `SEVERAL_ROWS`: that of the weights or of prompts.
     """
 
     weights: np.dtype
     prompts: np.dtype
+    decodes: np.dtype
 
     @classmethod
     def choose(cls, dtype: Dtype, *, stored: DTypeLike | None) -> "Precision":
         """Resolves "auto"; `stored` is what the checkpoint says of itself."""
         if dtype != "auto":
-            return cls(weights=np.dtype(dtype), prompts=np.dtype(dtype))
+            return cls.uniform(dtype)
         if jax.default_backend() == "cpu":
-            fast = jnp.bfloat16 if bfloat16_gain() >= _WORTH_A_COPY else jnp.float32
-            return cls(weights=np.dtype(np.float32), prompts=np.dtype(fast))
-        sixteen_bit = stored if stored in ("float16", "bfloat16") else jnp.bfloat16
-        return cls(weights=np.dtype(sixteen_bit), prompts=np.dtype(sixteen_bit))
+            if bfloat16_gain(_PROMPT_ROWS) < _WORTH_A_COPY:
+                return cls.uniform(np.float32)
+            narrow, wide = np.dtype(jnp.bfloat16), np.dtype(np.float32)
+            decodes = narrow if bfloat16_gain(SEVERAL_ROWS) > 1 else wide
+            return cls(weights=wide, prompts=narrow, decodes=decodes)
+        return cls.uniform(stored if stored in ("float16", "bfloat16") else jnp.bfloat16)
+
+    @classmethod
+    def uniform(cls, dtype: DTypeLike) -> "Precision":
+        """One dtype for everything."""
+        return cls(weights=np.dtype(dtype), prompts=np.dtype(dtype), decodes=np.dtype(dtype))
 
 
-def bfloat16_gain() -> float:
-    """How many times faster than float32 this device multiplies a prompt's rows in bfloat16."""
+def bfloat16_gain(rows: int) -> float:
+    """How many times faster than float32 this device multiplies so many rows in bfloat16."""
     multiply = jax.jit(jnp.dot)
     factors = {
         dtype: (
-            jnp.ones((_PROBE_ROWS, _PROBE_WIDTH), dtype),
-            jnp.ones((_PROBE_WIDTH, 4 * _PROBE_WIDTH), dtype),
+            jnp.ones((rows, _PROBE_WIDTH), dtype),
+            # As in a step, a matrix was last read so long ago that no cache has it.
+            [jnp.ones((_PROBE_WIDTH, 4 * _PROBE_WIDTH), dtype) for _ in range(_MATRICES)],
         )
         for dtype in (jnp.float32, jnp.bfloat16)
     }
     seconds = dict.fromkeys(factors, math.inf)
     # In turns, and often enough that clocks have risen and threads are awake for both.
-    for _ in range(_PROBES):
-        for dtype, (x, w) in factors.items():
+    for probe in range(_PROBES):
+        for dtype, (x, matrices) in factors.items():
+            w = matrices[probe % _MATRICES]
             start = time.perf_counter()
             multiply(x, w).block_until_ready()
             seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)

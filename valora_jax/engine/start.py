@@ -12,7 +12,7 @@ from pallas_kernels.lora_matmul import tuned_table
 from valora_jax import checkpoint
 from valora_jax.config import EngineConfig
 from valora_jax.engine.adapters import EngineAdapters
-from valora_jax.engine.buckets import MAX_CHUNKS
+from valora_jax.engine.buckets import MAX_CHUNKS, default_step_tokens
 from valora_jax.engine.core import EngineCore
 from valora_jax.engine.fill import Sources
 from valora_jax.engine.image_cache import ImageCache
@@ -71,6 +71,9 @@ def assemble(
     console: Console,
 ) -> Parts:
     """Builds an engine's parts around a model."""
+    max_tokens_per_step = config.max_tokens_per_step or default_step_tokens(
+        max_requests=config.max_requests, tokens_per_image=spec.tokens_per_image
+    )
     # A table of tiles that cannot be used is an error here, not in the middle of a compilation.
     tuned = tuned_table(jax.devices()[0].device_kind) is not None
     memory = _plan_memory(model, spec, config, precision)
@@ -93,6 +96,7 @@ def assemble(
         model,
         spec,
         config,
+        max_tokens_per_step=max_tokens_per_step,
         precision=precision,
         memory=memory,
         sources=_sources(spec, config, tokenizer, images, adapters),
@@ -104,7 +108,7 @@ def assemble(
             page_tokens=config.page_tokens,
             enable_prefix_cache=config.prefix_cache,
         ),
-        max_tokens_per_step=config.max_tokens_per_step,
+        max_tokens_per_step=max_tokens_per_step,
         max_requests=config.max_requests,
         max_prefill_chunks=MAX_CHUNKS,
         max_waiting=config.max_waiting,
@@ -133,7 +137,7 @@ def _plan_memory(
     return MemoryPlan.make(
         config,
         spec,
-        dtype=precision.weights,
+        dtype=precision.prompts,
         weights_bytes=weights_bytes,
         adapters_bytes=adapters_bytes,
         free_bytes=free_device_bytes(),

@@ -76,6 +76,7 @@ class Bench:
             calls=1,
             error=_unless_finite,
             timing=more,
+            compiler_options=step.COMPILER_OPTIONS,
         )
 
     def _make_run(

@@ -64,6 +64,7 @@ class Program:
       error: of what a run on `carry()` and the first variant returned, in units of the tolerance:
         above 1 it is wrong. None where there is nothing to compare with.
       timing: keywords for `time_program`.
+      compiler_options: for XLA.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Program:
     calls: float
     error: Callable[[tuple[Any, Any]], float] | None
     timing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    compiler_options: Mapping[str, str] | None = None
 
 
 def require_gpu(bench: str) -> None:
@@ -155,7 +157,10 @@ def run_group(programs: Iterable[Program], recorder: Recorder) -> None:
 
 def _lower(program: Program) -> jax.stages.Lowered:
     # A copy that is only written is an argument that nothing reads.
-    jitted = jax.jit(program.run, donate_argnums=0, keep_unused=True)
+    options = program.compiler_options and dict(program.compiler_options)
+    jitted = jax.jit(
+        program.run, donate_argnums=0, keep_unused=True, compiler_options=options
+    )
     shapes = jax.eval_shape(program.carry)
     return jitted.lower(shapes, *program.variants[0])
 

@@ -119,6 +119,9 @@ def lora_linear(
             cut=cut,
         )
         return y_TE
+    if implementation == "triton":
+        # Or XLA makes x, the end of a norm say, once for the product and once for the kernel.
+        x_TD = jax.lax.optimization_barrier(x_TD)
     return lora_matmul(
         base_product(x_TD, w_DE, bias_E),
         x_TD,

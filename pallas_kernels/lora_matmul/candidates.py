@@ -62,7 +62,7 @@ def ladders(task: Task) -> Ladders:
         "expand.blocks": (1, 2, 4, 8, 16),
         "expand.block_ranks": (16, 32, 64, 128),
         "expand.warps": (1, 2, 4, 8),
-        "expand.stages": (1, 2, 3, 4),
+        "expand.stages": (1, 2, 3, 5, 7),
     }
 
 
@@ -77,7 +77,7 @@ def legal(tile: LoraTile, task: Task) -> bool:
         # Half as many would leave ranges of more than a step.
         and shrink.splits < 2 * math.ceil(task.linear.width / shrink.block_k)
         and (shrink.rank_programs == 1 or shrink.rank_programs * shrink.block_ranks <= USUAL_RANKS)
-        and expand.block_columns <= power_of_two(max(task.linear.columns))
+        and expand.block_columns * expand.blocks <= power_of_two(max(task.linear.columns))
     )
 
 
@@ -91,11 +91,12 @@ def registers(tile: LoraTile) -> dict[str, int]:
     shrink_operands = expand_operands = 0
     if rows < 64:  # the matmul instruction of taller tiles reads shared memory
         shrink_operands = (rows + shrink.block_ranks) * shrink.block_k * words
-        expand_operands = (rows + expand.block_columns) * expand.block_ranks * words
+        # Of the larger of its two products.
+        inner = max(rows, expand.block_ranks)
+        expand_operands = (rows + expand.block_columns) * inner * words
     of_program = {
         "shrink": (sums + shrink_operands, shrink.warps),
-        # y is loaded before the sums that are added to it.
-        "expand": (y + y * words + expand_operands, expand.warps),
+        "expand": (2 * y + expand_operands, expand.warps),  # sums, and what they are stored as
     }
     return {
         kernel: SPARE_REGISTERS + math.ceil(held / (32 * warps))

@@ -90,22 +90,29 @@ def lora_tile(*, rows: int, width: int, columns: int, device: str | None = None)
     count = multiprocessors(device)
     height = block_rows(rows)
     row_tiles = math.ceil(rows / height)
+    expand = _expand_tile(height, row_tiles, multiprocessors=count)
     shrink = _shrink_tile(height, row_tiles, width=width, columns=columns, multiprocessors=count)
-    return LoraTile(
+    tile = LoraTile(
         block_rows=height,
         # One for each row of a decode, as each may bring another adapter; more than there is work
         # for cost a prompt time.
         row_programs=min(rows, 64) if rows < 256 else row_tiles + 8,
         shrink=dataclasses.replace(shrink, block_k=max(16, min(128, power_of_two(width)))),
-        expand=ExpandTile(
-            # At 64 rows, more columns take so many registers that fewer programs fit.
-            block_columns=max(16, min(64 if height == 64 else 128, power_of_two(columns))),
-            blocks=8 if 4 * row_tiles > count else 1,
-            block_ranks=64,
-            warps=4,
-            stages=1 if height == 64 else 2,
+        expand=dataclasses.replace(
+            expand, block_columns=max(16, min(expand.block_columns, power_of_two(columns)))
         ),
     )
+    return fitted(tile, itemsize=4)
+
+
+def _expand_tile(height: int, row_tiles: int, *, multiprocessors: int) -> ExpandTile:
+    """Several blocks a program where there are more programs than the device takes at once."""
+    if height < 64:
+        return ExpandTile(block_columns=128, blocks=1, block_ranks=64, warps=4, stages=2)
+    if 4 * row_tiles > multiprocessors:
+        # Narrow blocks, so that programs have few registers and many are in flight.
+        return ExpandTile(block_columns=64, blocks=8, block_ranks=64, warps=4, stages=5)
+    return ExpandTile(block_columns=128, blocks=2, block_ranks=64, warps=4, stages=3)
 
 
 def _shrink_tile(
@@ -123,7 +130,10 @@ def _shrink_tile(
             block_k=128, block_ranks=32, rank_programs=2, splits=splits, warps=4, stages=4
         )
     if 4 * row_tiles > multiprocessors:
-        return ShrinkTile(block_k=128, block_ranks=64, rank_programs=1, splits=1, warps=4, stages=3)
+        splits = 2 if width > columns else 1
+        return ShrinkTile(
+            block_k=128, block_ranks=64, rank_programs=1, splits=splits, warps=4, stages=3
+        )
     # Sums cost by the columns that are expanded, and spare time by those that are summed.
     splits = max(1, min(2 * width // columns, multiprocessors // (4 * row_tiles)))
     return ShrinkTile(
@@ -176,22 +186,50 @@ def shared_memory_bytes(tile: LoraTile, *, itemsize: int) -> dict[str, int]:
 
     As Triton did it in jax 0.11.2. Loads of tiles of 64 rows and more stay where they land until
     the matmul instruction has read them, so that each stage has a buffer; below that, the stage
-    that computes has its operands in registers.
+    that computes has its operands in registers. In the expand the addresses of B are loaded before
+    B, so that a buffer takes two stages.
     """
     shrink, expand, rows = tile.shrink, tile.expand, tile.block_rows
 
     def buffers(stages: int) -> int:
         return stages if rows >= 64 else max(1, stages - 1)
 
-    operands = (rows + shrink.block_ranks) * shrink.block_k * itemsize
-    h = rows * expand.block_ranks * itemsize
-    in_flight = expand.block_ranks * expand.block_columns * itemsize
-    if expand.stages > 1:
-        in_flight += rows * expand.block_ranks * 4 * shrink.splits
+    x_and_a = (rows + shrink.block_ranks) * shrink.block_k * itemsize
+    y_and_b = (rows + expand.block_ranks) * expand.block_columns * itemsize
+    h = rows * expand.block_ranks * (itemsize if shrink.splits == 1 else 4 * shrink.splits)
+    pages = 4 * expand.block_ranks + 4
+    stages = max(min(expand.stages, 2), 1 + (expand.stages - 1) // 2)
+    in_flight = buffers(stages) * (y_and_b + h + pages)
+    identity, result = rows * rows * itemsize, rows * expand.block_columns * 4
     return {
-        "shrink": max(operands * buffers(shrink.stages), rows * shrink.block_ranks * 4),
-        "expand": max(in_flight * buffers(expand.stages) + h, rows * expand.block_columns * 4),
+        "shrink": max(x_and_a * buffers(shrink.stages), rows * shrink.block_ranks * 4),
+        "expand": in_flight + (2 * identity if rows >= 64 else identity + result),
     }
+
+
+def fitted(tile: LoraTile, *, itemsize: int) -> LoraTile:
+    """Returns a tile with fewer steps in flight, splits and columns at once, until it fits."""
+
+    def too_large(name: str) -> bool:
+        return shared_memory_bytes(tile, itemsize=itemsize)[name] > SHARED_MEMORY_BYTES
+
+    while too_large("shrink") and tile.shrink.stages > 1:
+        tile = _with_shrink(tile, stages=tile.shrink.stages - 1)
+    while too_large("expand") and tile.expand.stages > 1:
+        tile = _with_expand(tile, stages=tile.expand.stages - 1)
+    while too_large("expand") and tile.shrink.splits > 1:
+        tile = _with_shrink(tile, splits=tile.shrink.splits - 1)
+    while too_large("expand") and tile.expand.block_columns > 16:
+        tile = _with_expand(tile, block_columns=tile.expand.block_columns // 2)
+    return tile
+
+
+def _with_shrink(tile: LoraTile, **changes: int) -> LoraTile:
+    return dataclasses.replace(tile, shrink=dataclasses.replace(tile.shrink, **changes))
+
+
+def _with_expand(tile: LoraTile, **changes: int) -> LoraTile:
+    return dataclasses.replace(tile, expand=dataclasses.replace(tile.expand, **changes))
 
 
 def power_of_two(n: int) -> int:

@@ -69,7 +69,9 @@ def linear_tile(
     wide = () if itemsize > 2 else (128, 64)
     block_columns = next((size for size in wide if columns / size >= MIN_PROGRAMS), 32)
     block_k, stages = {128: (64, 5), 64: (128, 5), 32: (128, 7)}[block_columns]
-    most_k = power_of_two(width)
+    # The fewer sums, the less is read after the product, but programs of few columns have less time
+    # for them.
+    splits, most_k = 1 if block_columns == 128 else 2, power_of_two(width)
     # Programs that do not find a multiprocessor of their own make others wait.
     programs, count = math.ceil(columns / block_columns), multiprocessors(device)
     spare = count * math.ceil(programs / count) - programs
@@ -78,13 +80,12 @@ def linear_tile(
         block_k=max(16, min(block_k * 2 // itemsize, most_k)),
         block_ranks=64,
         tile_rows=tile_rows,
-        row_programs=max(1, spare // parts),
-        # Beside the base product there is time: the fewer sums, the less is read after it.
+        row_programs=max(1, spare // (parts * splits)),
         shrink=ShrinkTile(
             block_k=max(16, min(256 // itemsize, most_k)),
             block_ranks=64,
             rank_programs=1,
-            splits=1,
+            splits=splits,
             warps=4,
             stages=stages,
         ),

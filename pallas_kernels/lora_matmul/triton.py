@@ -160,56 +160,41 @@ def _expand_tile(
     block_rows: int,
     cut: ExpandTile,
 ) -> None:
-    """Adds `h @ B` to row tile m of a part, in some blocks of its columns."""
+    """Adds `h @ B` to row tile m of a part, in some blocks of its columns.
+
+    y goes through the matmul unit, too, as what an identity is multiplied with, which changes
+    nothing of it: loads of operands are those that Triton keeps in flight over several steps.
+    """
+    T, dtype = y_TE.shape[0], y_TE.dtype
     row_t, in_tile_t = rows_of(of, block_rows=block_rows)
+    i_t = jnp.arange(block_rows)
+    identity_tt = (i_t[:, None] == i_t[None, :]).astype(dtype)
+    steps = pl.cdiv(of.pages * PAGE_RANKS, cut.block_ranks)
 
-    def columns_of(n):
+    def add(i, sum_te):
+        n, k = jax.lax.div(i, steps), jax.lax.rem(i, steps)
         at_e = (first_block + n) * cut.block_columns + jnp.arange(cut.block_columns)
-        return at_e, (at_e < b_RE.shape[1]) & (n < cut.blocks)
-
-    def load_y(n):
-        at_e, in_part_e = columns_of(n)
-        y_at = y_TE.at[row_t[:, None], (first_column + at_e)[None, :]]
-        return plgpu.load(y_at, mask=in_tile_t[:, None] & in_part_e[None, :], other=0)
-
-    def load_h(k):
+        in_part_e = at_e < b_RE.shape[1]
+        y_at = (row_t[:, None], (first_column + at_e)[None, :])
+        mask_te = in_tile_t[:, None] & in_part_e[None, :]
         rank_r, in_list_r = ranks_of(of, k, block_ranks=cut.block_ranks)
-        mask_tr = in_tile_t[:, None] & in_list_r[None, :]
-        h_tr = _sum_of_splits(h_UC, row_t, first_rank + rank_r, mask_tr, T=y_TE.shape[0])
-        return h_tr.astype(y_TE.dtype)
-
-    def load_b(k, page_r, n):
-        rank_r, in_list_r = ranks_of(of, k, block_ranks=cut.block_ranks)
-        at_e, in_part_e = columns_of(n)
+        page_r = page_ids(table_MX, m, k, block_ranks=cut.block_ranks)
         row_r = pool_rows(page_r, rank_r, layer=layer, pages=pages)
-        b_at, mask_re = b_RE.at[row_r[:, None], at_e[None, :]], in_list_r[:, None] & in_part_e
-        return plgpu.load(b_at, mask=mask_re, other=0).astype(y_TE.dtype)
+        mask_tr = in_tile_t[:, None] & in_list_r[None, :]
+        h_tr = _sum_of_splits(h_UC, row_t, first_rank + rank_r, mask_tr, T=T)
+        y_te = plgpu.load(y_TE.at[*y_at], mask=mask_te & (k == 0), other=0)
+        b_re = plgpu.load(
+            b_RE.at[row_r[:, None], at_e[None, :]],
+            mask=in_list_r[:, None] & in_part_e[None, :],
+            other=0,
+        )
+        sum_te = jnp.where(k == 0, 0, sum_te) + dot(identity_tt, y_te, contract=(1, 0))
+        sum_te += dot(h_tr.astype(dtype), b_re.astype(dtype), contract=(1, 0))
+        plgpu.store(out_TE.at[*y_at], sum_te.astype(dtype), mask=mask_te & (k == steps - 1))
+        return sum_te
 
-    @pl.when(of.pages > 0)
-    def _():
-        steps = pl.cdiv(of.pages * PAGE_RANKS, cut.block_ranks)
-        h_tr = load_h(0)
-
-        def add_block(n, carry):
-            y_te, b_re = carry
-            # The next block's, which come while this one is multiplied and stored.
-            following = load_y(n + 1), load_b(0, of.page_r, n + 1)
-
-            def add_ranks(k, sum_te):
-                page_r = page_ids(table_MX, m, k, block_ranks=cut.block_ranks)
-                return sum_te + dot(load_h(k), load_b(k, page_r, n), contract=(1, 0))
-
-            sum_te = dot(h_tr, b_re, contract=(1, 0))
-            sum_te = jax.lax.fori_loop(1, steps, add_ranks, sum_te)
-            at_e, in_part_e = columns_of(n)
-            plgpu.store(
-                out_TE.at[row_t[:, None], (first_column + at_e)[None, :]],
-                (y_te.astype(jnp.float32) + sum_te).astype(out_TE.dtype),
-                mask=in_tile_t[:, None] & in_part_e[None, :],
-            )
-            return following
-
-        jax.lax.fori_loop(0, cut.blocks, add_block, (load_y(0), load_b(0, of.page_r, 0)))
+    zeros_te = jnp.zeros((block_rows, cut.block_columns), jnp.float32)
+    jax.lax.fori_loop(0, cut.blocks * steps, add, zeros_te)
 
 
 def _sum_of_splits(h_UC, row_t, at_r, mask_tr, *, T: int) -> jax.Array:

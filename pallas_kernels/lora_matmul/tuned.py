@@ -5,7 +5,7 @@ import functools
 import math
 
 from pallas_kernels.lora_matmul import tiles
-from pallas_kernels.lora_matmul.tiles import LoraTile, lora_tile, refusals
+from pallas_kernels.lora_matmul.tiles import LoraTile, fitted, lora_tile, refusals
 from pallas_kernels.tuning.table import Entry, Key, Segments, Table, TileKind, path_of
 
 OP = "lora"
@@ -73,11 +73,8 @@ def computed_tile(
             block_rows=block_rows,
             row_programs=tile.row_programs,
         )
-    # Taller row tiles take more shared memory: fewer steps are in flight then.
-    while refusals(tile, itemsize=itemsize) and tile.shrink.stages > 1:
-        shrink = dataclasses.replace(tile.shrink, stages=tile.shrink.stages - 1)
-        tile = dataclasses.replace(tile, shrink=shrink)
-    return tile
+    # Taller row tiles and wider numbers take more shared memory.
+    return fitted(tile, itemsize=itemsize)
 
 
 def at_rows(entry: Entry[LoraTile], rows: int) -> LoraTile:

@@ -205,6 +205,6 @@ def test_registers_are_counted_by_thread():
     wide = dataclasses.replace(
         tile, expand=dataclasses.replace(tile.expand, block_columns=256, warps=4)
     )
-    # 128 x 256 sums and, in half the space, as many of y, by 128 threads.
-    assert registers(wide)["expand"] == 256 + 128 + candidates.SPARE_REGISTERS
+    # 128 x 256 sums, and as many to be stored, by 128 threads.
+    assert registers(wide)["expand"] == 2 * 256 + candidates.SPARE_REGISTERS
     assert not legal(wide, dataclasses.replace(TASKS[0], tokens=4096, block_rows=128))

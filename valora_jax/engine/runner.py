@@ -293,7 +293,11 @@ class Runner:
                 self.traces += 1
                 return function(shape, **arrays)
 
-            compiled = jax.jit(traced, donate_argnames=_DONATED.get(function, ()))
+            compiled = jax.jit(
+                traced,
+                donate_argnames=_DONATED.get(function, ()),
+                compiler_options=step.COMPILER_OPTIONS,
+            )
             self._compiled[function, shape] = compiled
         return compiled
 

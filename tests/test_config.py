@@ -15,6 +15,7 @@ def test_the_defaults_are_within_their_own_limits():
         ("max_requests", 0),
         ("max_waiting", 0),
         ("max_tokens_per_step", 0),
+        ("steps_ahead", 0),
         ("max_request_tokens", 1),
         ("page_tokens", 0),
         ("kv_pages", 1),

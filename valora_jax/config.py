@@ -22,6 +22,9 @@ class EngineConfig:
       max_waiting: requests in the queue; more are refused.
       max_tokens_per_step: prompt and decode tokens of one step; None is two prompts of an image
         and a short text. Longer prompts take several steps.
+      steps_ahead: decode steps in flight while the tokens of an earlier one are read, as long as
+        no request waits or has prompt left, and pages last; otherwise 1. None is 4 on an
+        accelerator and 1 on a CPU.
       max_request_tokens: prompt and answer together; None is what the model's positions allow.
       page_tokens: tokens of a key-value page; prefixes are shared in whole pages.
       kv_pages: key-value pages; None takes what the requests can use and the memory allows.
@@ -49,6 +52,7 @@ class EngineConfig:
     max_requests: int = 16
     max_waiting: int = 1024
     max_tokens_per_step: int | None = None
+    steps_ahead: int | None = None
     max_request_tokens: int | None = None
     page_tokens: int = 64
     kv_pages: int | None = None
@@ -70,6 +74,7 @@ class EngineConfig:
             "max_requests": 1,
             "max_waiting": 1,
             "max_tokens_per_step": 1,
+            "steps_ahead": 1,
             "max_request_tokens": 2,
             "page_tokens": 1,
             "kv_pages": 2,

@@ -144,6 +144,27 @@ def test_the_last_admitted_gives_up_its_pages_and_waits_in_front():
     assert scheduler.waiting == (c,)
 
 
+def test_a_plan_is_of_decodes_alone_when_nobody_waits_and_pages_last():
+    scheduler = scheduler_of(pages=4, max_tokens_per_step=4)
+    a, b = request_of("a", 6, max_tokens=9), request_of("b", 3, max_tokens=1)
+    scheduler.add(a)
+    assert not scheduler.only_decodes  # it waits
+    assert step(scheduler) == {"a": 4}
+    assert not scheduler.only_decodes  # its prompt has tokens left
+    assert step(scheduler) == {"a": 2}
+    assert scheduler.only_decodes
+    scheduler.add(b)
+    assert not scheduler.only_decodes
+    plan = scheduler.plan()
+    assert [chunk.request for chunk in plan.decodes + plan.prefills] == [a, b]
+    while scheduler.only_decodes:  # all of b is planned
+        assert [chunk.request for chunk in scheduler.plan().decodes] == [a]
+    assert (a.total, len(a.pages)) == (13, 3)  # the fourth page is b's until its token is read
+    assert scheduler.append_token(b, 7)
+    scheduler.finish(b, "length")
+    assert scheduler.only_decodes
+
+
 def test_a_preempted_request_waits_for_its_pending_token():
     scheduler = scheduler_of(pages=5, max_tokens_per_step=20)
     a, b = (request_of(name, 7, max_tokens=9) for name in "ab")
@@ -283,7 +304,7 @@ USABLE_PAGES, MAX_REQUESTS, MAX_TOKENS, MAX_CHUNKS = 6, 4, 7, 2
 
 
 class RandomTraffic(RuleBasedStateMachine):
-    """Requests come, run a step ahead of what is read, and are aborted at any moment."""
+    """Requests come, run ahead of what is read, and are aborted at any moment."""
 
     def __init__(self):
         super().__init__()
@@ -322,10 +343,12 @@ class RandomTraffic(RuleBasedStateMachine):
             return
         self.requests += new
 
-    @rule(ahead=st.integers(1, 2))
+    @rule(ahead=st.integers(1, 5))
     def run_a_step(self, ahead):
         decoding = [r for r in self.scheduler.running if r.remaining == 1 and not r.outputs_planned]
+        only_decodes = self.scheduler.only_decodes
         if (plan := self.scheduler.plan()) is not None:
+            assert not (only_decodes and (plan.prefills or plan.preempted))
             assert plan.tokens <= MAX_TOKENS
             assert len(plan.prefills) <= MAX_CHUNKS
             assert {c.request for c in plan.decodes} | {*plan.preempted} >= {*decoding}

@@ -1,7 +1,8 @@
-"""The engine's loop: plan, enqueue, read the step before, hand tokens to their answers.
+"""The engine's loop: plan, enqueue, read an earlier step, hand tokens to their answers.
 
-One step is in flight ahead of the host: step n+1 is enqueued before step n's tokens are read. Not
-for several threads at once; `Engine` locks.
+Steps are in flight ahead of the host: step n+1 is enqueued before step n's tokens are read, and
+while nothing waits for the host's decisions, `steps_ahead` of them are. Not for several threads at
+once; `Engine` locks.
 """
 
 import collections
@@ -68,10 +69,13 @@ class EngineCore:
         adapters: EngineAdapters | None,
         *,
         tokenizer: Tokenizer,
+        steps_ahead: int,
         clock: Callable[[], float] = time.monotonic,
     ):
+        """`steps_ahead` is how many steps may be in flight while an earlier one is read."""
         self.scheduler, self.images, self.adapters = scheduler, images, adapters
         self._runner, self._tokenizer, self._clock = runner, tokenizer, clock
+        self._steps_ahead = steps_ahead
         self._jobs: dict[Request, Job] = {}
         self._in_flight: collections.deque[InFlight] = collections.deque()
         # Row of the sampler's state -> whose counts it has: (request, how often preempted).
@@ -92,12 +96,20 @@ class EngineCore:
             self._finish(job, job.answer.end("abort"))
 
     def step(self) -> list[Job]:
-        """Enqueues the next step and reads the one before; returns the jobs that have news."""
-        plan = self.scheduler.plan()
-        news = self._fail_unreadable()
-        if plan is not None and plan.tokens:
-            self._enqueue(plan)
-        if len(self._in_flight) > 1 or (self._in_flight and (plan is None or not plan.tokens)):
+        """Enqueues the next step, reads the oldest one if enough are in flight; returns the jobs
+        that have news."""
+        ahead = self._steps_ahead if self.scheduler.only_decodes else 1
+        news = []
+        # Who waits is planned for when all steps but one are read. Ended requests have made room by
+        # then, and the device, which takes steps in order, would not have begun any earlier.
+        if len(self._in_flight) <= ahead:
+            plan = self.scheduler.plan()
+            news += self._fail_unreadable()
+            if plan is not None and plan.tokens:
+                self._enqueue(plan)
+                if len(self._in_flight) <= ahead:
+                    return news
+        if self._in_flight:
             news += self._take(self._in_flight.popleft())
         return news
 

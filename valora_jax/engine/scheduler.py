@@ -5,7 +5,7 @@ admitted in order of arrival while rows, tokens and pages last. A request that l
 lets a bounded number pass. When pages run out, the request admitted last gives up its own, and
 computes its prompt and its answer so far again later.
 
-The engine runs a step ahead: `plan` may be called before the tokens of the last plan are known.
+The engine runs ahead: `plan` may be called before the tokens of the last plans are known.
 """
 
 import collections
@@ -155,6 +155,15 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether the next plan admits nobody, computes no prompt and takes nobody's pages."""
+        growing = [request for request in self._running if not request.outputs_planned]
+        if self._waiting or any(request.remaining > 1 for request in growing):
+            return False
+        new_pages = sum(self._blocks.pages_for(r.total) - len(r.pages) for r in growing)
+        return new_pages <= self._blocks.free_pages
 
     def add(self, *requests: Request) -> None:
         """Queues new requests, all or none.

@@ -119,7 +119,11 @@ def assemble(
         _warm_up(runner, adapters, console)
         tiles = "measured on this device" if tuned else "computed, see docs/tuning.md"
         console.print(f"{runner.traces} compiled functions; tiles of LoRA on a GPU: {tiles}")
-    core = EngineCore(runner, scheduler, images, adapters, tokenizer=tokenizer)
+    # A CPU computes with the cores that plan: there is nothing to keep busy meanwhile.
+    steps_ahead = config.steps_ahead or (1 if jax.default_backend() == "cpu" else 4)
+    core = EngineCore(
+        runner, scheduler, images, adapters, tokenizer=tokenizer, steps_ahead=steps_ahead
+    )
     return Parts(
         spec=spec, tokenizer=tokenizer, pixels=pixels, core=core, runner=runner, memory=memory
     )

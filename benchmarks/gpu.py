@@ -158,9 +158,7 @@ def run_group(programs: Iterable[Program], recorder: Recorder) -> None:
 def _lower(program: Program) -> jax.stages.Lowered:
     # A copy that is only written is an argument that nothing reads.
     options = program.compiler_options and dict(program.compiler_options)
-    jitted = jax.jit(
-        program.run, donate_argnums=0, keep_unused=True, compiler_options=options
-    )
+    jitted = jax.jit(program.run, donate_argnums=0, keep_unused=True, compiler_options=options)
     shapes = jax.eval_shape(program.carry)
     return jitted.lower(shapes, *program.variants[0])
 

@@ -156,7 +156,7 @@ def lora_matmul(
 
     Args:
       y_TE: `[T, E]` base products side by side; overwritten in place where XLA may.
-      x_TD: `[T, D]` input of the linears, same dtype as `y_TE`.
+      x_TD: `[T, D]` input of the linears; `y_TE` has its dtype, or is float32.
       parts: pools, and where their outputs lie; columns of no part stay as they are. Pools are
         cast to the dtype of `x_TD` where they differ.
       tiles: which rows multiply which adapters. Their values are on the device and are not
@@ -189,7 +189,7 @@ def lora_matmul(
             return xla.lora_matmul(y_TE, x_TD, pools, tiles, np.int32(layer), columns=columns)
         case "triton":
             if tile is None:
-                itemsize = x_TD.dtype.itemsize
+                itemsize = y_TE.dtype.itemsize
                 tile = _tile(tiles, D=D, E=E, T=T, itemsize=itemsize, segments=segments)
             return triton.lora_matmul(
                 y_TE, x_TD, pools, tiles, np.int32(layer), columns=columns, tile=tile

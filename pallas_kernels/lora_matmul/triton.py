@@ -53,8 +53,13 @@ def lora_matmul(
     tile: LoraTile,
 ) -> jax.Array:
     """See `api.lora_matmul`, which has checked the shapes; `columns` are the parts' first ones."""
-    check_rows(x_TD, y_TE, tiles, block_rows=tile.block_rows)
-    if faults := refusals(tile, itemsize=x_TD.dtype.itemsize):
+    check_rows(x_TD, tiles, block_rows=tile.block_rows)
+    if y_TE.dtype not in (x_TD.dtype, jnp.float32):
+        raise NotImplementedError(
+            f"the triton kernels take y_TE in the dtype of x_TD, {x_TD.dtype}, or in float32, "
+            f'not {y_TE.dtype}; cast it or use implementation="xla"'
+        )
+    if faults := refusals(tile, itemsize=y_TE.dtype.itemsize):
         raise ValueError(f"{tile} is not legal: " + "; ".join(faults))
     tables, list_ranks = rank_tables(
         pools,
@@ -70,15 +75,16 @@ def lora_matmul(
         cut=tile.shrink,
     )
     h_UC = shrink.launch(layer, x_TD, tables, pools)
-    return _expand(y_TE, h_UC, pools, tables, layer, columns=columns, tile=tile)
+    how = dict(columns=columns, dtype=x_TD.dtype, tile=tile)
+    return _expand(y_TE, h_UC, pools, tables, layer, **how)
 
 
-def check_rows(x_TD: jax.Array, y_TE: jax.Array, tiles: RowTiles, *, block_rows: int) -> None:
+def check_rows(x_TD: jax.Array, tiles: RowTiles, *, block_rows: int) -> None:
     """Refuses rows that kernels with blocks of so many rows do not take."""
-    if x_TD.dtype != y_TE.dtype or x_TD.dtype not in DTYPES:
+    if x_TD.dtype not in DTYPES:
         raise NotImplementedError(
-            f"the triton kernels take x_TD and y_TE both in one of bfloat16, float16 and float32, "
-            f'not {x_TD.dtype} and {y_TE.dtype}; cast them or use implementation="xla"'
+            f"the triton kernels take x_TD in one of bfloat16, float16 and float32, not "
+            f'{x_TD.dtype}; cast it or use implementation="xla"'
         )
     if block_rows < tiles.block_rows:
         raise ValueError(
@@ -87,13 +93,14 @@ def check_rows(x_TD: jax.Array, y_TE: jax.Array, tiles: RowTiles, *, block_rows:
         )
 
 
-def _expand(y_TE, h_UC, pools, tables, layer, *, columns, tile: LoraTile) -> jax.Array:
-    """Launches the expand, in place on `y_TE`."""
+def _expand(y_TE, h_UC, pools, tables, layer, *, columns, dtype, tile: LoraTile) -> jax.Array:
+    """Launches the expand, in place on `y_TE`; h and B are multiplied in `dtype`."""
     cut = tile.expand
     body = functools.partial(
         _expand_body,
         columns=columns,
         pages=tuple(layer_pages(pool) for pool in pools),
+        dtype=dtype,
         block_rows=tile.block_rows,
         cut=cut,
     )
@@ -113,7 +120,7 @@ def _column_programs(b_RE, cut: ExpandTile) -> int:
 
 
 def _expand_body(
-    y_TE, layer, tables, h_UC, b_refs, out_TE, *, columns, pages, block_rows, cut: ExpandTile
+    y_TE, layer, tables, h_UC, b_refs, out_TE, *, columns, pages, dtype, block_rows, cut: ExpandTile
 ):
     list_ranks = h_UC.shape[1] // len(b_refs)
     any_program, first_m = (pl.program_id(axis) for axis in range(2))
@@ -133,6 +140,7 @@ def _expand_body(
             first_column=columns[i],
             first_rank=i * list_ranks,
             pages=pages[i],
+            dtype=dtype,
             block_rows=block_rows,
             cut=cut,
         )
@@ -157,6 +165,7 @@ def _expand_tile(
     first_column: int,
     first_rank: int,
     pages: int,
+    dtype,
     block_rows: int,
     cut: ExpandTile,
 ) -> None:
@@ -165,10 +174,10 @@ def _expand_tile(
     y goes through the matmul unit, too, as what an identity is multiplied with, which changes
     nothing of it: loads of operands are those that Triton keeps in flight over several steps.
     """
-    T, dtype = y_TE.shape[0], y_TE.dtype
+    T = y_TE.shape[0]
     row_t, in_tile_t = rows_of(of, block_rows=block_rows)
     i_t = jnp.arange(block_rows)
-    identity_tt = (i_t[:, None] == i_t[None, :]).astype(dtype)
+    identity_tt = (i_t[:, None] == i_t[None, :]).astype(y_TE.dtype)
     steps = pl.cdiv(of.pages * PAGE_RANKS, cut.block_ranks)
 
     def add(i, sum_te):
@@ -190,7 +199,7 @@ def _expand_tile(
         )
         sum_te = jnp.where(k == 0, 0, sum_te) + dot(identity_tt, y_te, contract=(1, 0))
         sum_te += dot(h_tr.astype(dtype), b_re.astype(dtype), contract=(1, 0))
-        plgpu.store(out_TE.at[*y_at], sum_te.astype(dtype), mask=mask_te & (k == steps - 1))
+        plgpu.store(out_TE.at[*y_at], sum_te.astype(out_TE.dtype), mask=mask_te & (k == steps - 1))
         return sum_te
 
     zeros_te = jnp.zeros((block_rows, cut.block_columns), jnp.float32)

@@ -61,7 +61,7 @@ def lora_linear(
       sets the other's counter back, as nobody knows when its own is not read any more.
     """
     T, E, itemsize = x_TD.shape[0], w_DE.shape[1], x_TD.dtype.itemsize
-    check_rows(x_TD, x_TD, tiles, block_rows=cut.tile_rows)
+    check_rows(x_TD, tiles, block_rows=cut.tile_rows)
     if faults := refusals(cut, rows=T, itemsize=itemsize):
         raise ValueError(f"{cut} is not legal: " + "; ".join(faults))
     tables, list_ranks = rank_tables(

@@ -121,6 +121,12 @@ def test_rows_and_columns_of_nobody_keep_their_bits():
     assert not changed_TE[:, 32:].any()
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_sums_may_be_float32_as_logits_are(dtype):
+    parts, x_TD, y_TE, adapters = make_linear(dtype)
+    check(parts, x_TD, y_TE.astype(jnp.float32), adapters)
+
+
 def test_weights_are_cast_to_the_dtype_of_the_rows():
     check(*make_linear(jnp.bfloat16, pool_dtype=jnp.float32))
 
@@ -171,8 +177,8 @@ def test_row_tiles_may_be_lower_than_the_default_tile(height):
 
 def test_dtypes_that_the_kernels_do_not_take_name_the_way_out():
     parts, x_TD, y_TE, adapters = make_linear()
-    for x, y in ((x_TD.astype(jnp.bfloat16), y_TE), (x_TD.astype(int), y_TE.astype(int))):
-        with pytest.raises(NotImplementedError, match='cast them or use implementation="xla"'):
+    for x, y in ((x_TD, y_TE.astype(jnp.bfloat16)), (x_TD.astype(int), y_TE)):
+        with pytest.raises(NotImplementedError, match='cast it or use implementation="xla"'):
             check(parts, x, y, adapters)
 
 

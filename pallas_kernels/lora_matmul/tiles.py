@@ -130,9 +130,10 @@ def _shrink_tile(
             block_k=128, block_ranks=32, rank_programs=2, splits=splits, warps=4, stages=4
         )
     if 4 * row_tiles > multiprocessors:
-        splits = 2 if width > columns else 1
+        # Programs of one linear are few: each has a multiprocessor's shared memory to itself.
+        stages = 5 if columns <= width else 3
         return ShrinkTile(
-            block_k=128, block_ranks=64, rank_programs=1, splits=splits, warps=4, stages=3
+            block_k=128, block_ranks=64, rank_programs=1, splits=1, warps=4, stages=stages
         )
     # Sums cost by the columns that are expanded, and spare time by those that are summed.
     splits = max(1, min(2 * width // columns, multiprocessors // (4 * row_tiles)))

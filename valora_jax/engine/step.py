@@ -30,7 +30,6 @@ from valora_jax.lora.batch import LoraBatch
 from valora_jax.lora.heads import ReplacedHeads, replaced_logits
 from valora_jax.models.spec import HEAD_SITE, Model
 
-
 # The engine takes most of the memory before it compiles, so XLA takes it for short, and makes small
 # tables anew in every layer instead of keeping them: 120 launches of a 7B step of 32 rows.
 COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}

@@ -23,6 +23,7 @@ FLOORS = [
     ("valora_jax.models",),
     ("valora_jax.checkpoint", "valora_jax.convert", "valora_jax.demo"),
     ("valora_jax.engine",),
+    ("valora_jax.replay",),
     ("serve", "train"),
     ("valora_jax.cli", "valora_jax.__main__"),
     ("tests", "benchmarks", "examples"),
@@ -34,6 +35,9 @@ ENGINE = [
     ("valora_jax.engine.outputs",),
     ("valora_jax.engine.kv_blocks",),
     ("valora_jax.engine.scheduler",),
+    ("valora_jax.engine.costs",),
+    ("valora_jax.engine.rounds",),
+    ("valora_jax.engine.valora_policy", "valora_jax.engine.policies"),
     ("valora_jax.engine.orchestrator",),
     ("valora_jax.engine.buckets",),
     ("valora_jax.engine.batch",),
@@ -51,6 +55,9 @@ WITHOUT_JAX = [
     "valora_jax.engine.kv_blocks",
     "valora_jax.engine.scheduler",
     "valora_jax.engine.orchestrator",
+    "valora_jax.engine.policies",
+    "valora_jax.replay.arrivals",
+    "valora_jax.replay.report",
 ]
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 MAX_LINES = {"pallas_kernels": 450, "tests": 450}

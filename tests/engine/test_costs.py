@@ -1,0 +1,115 @@
+import dataclasses
+import random
+
+import pytest
+
+from valora_jax.engine.costs import Mode, StepCosts, StepLoad, StepTimes
+
+# A CPU with a small model: everything takes longer, in other proportions.
+SLOW = StepTimes(
+    step_ms=40.0,
+    decode_ms=1.5,
+    prompt_token_ms=0.4,
+    lora_ms=3.0,
+    page_ms=1.0,
+    token_page_ms=0.01,
+)
+
+
+def load_of(
+    *, decodes: int = 0, prompt_tokens: int = 0, adapters: int = 0, mode: Mode = Mode.UNMERGED
+) -> StepLoad:
+    """A step of rank-64 adapters whose requests share them evenly."""
+    return StepLoad(
+        bucket=(decodes, prompt_tokens),
+        mode=mode,
+        decodes=decodes,
+        prompt_tokens=prompt_tokens,
+        pages=4.0 * adapters,
+        token_pages=4.0 * (decodes + prompt_tokens) if adapters else 0.0,
+    )
+
+
+def taught(times: StepTimes, *, steps: int, lora_always: bool = False, noise: float = 0.03):
+    """Costs that saw steps of a device, and the source of their randomness."""
+    costs, rng = StepCosts(), random.Random(0)
+    for _ in range(steps):
+        decodes = rng.randint(1, 16)
+        load = load_of(
+            decodes=decodes,
+            prompt_tokens=rng.choice([0, 0, 0, 64, 500]),
+            adapters=rng.randint(1 if lora_always else 0, decodes),
+        )
+        costs.observe(load, times.of(load) * rng.gauss(1, noise))
+    return costs
+
+
+@pytest.mark.parametrize(
+    ("decodes", "adapters", "measured_ms"),
+    [(8, 0, 6.23), (32, 0, 10.0), (8, 1, 6.67), (8, 8, 7.43), (32, 32, 14.2)],
+)
+def test_the_first_guess_is_an_h100_with_a_7b_model(decodes, adapters, measured_ms):
+    load = load_of(decodes=decodes, adapters=adapters)
+    assert StepCosts().estimate_ms(load) == pytest.approx(measured_ms, rel=0.03)
+
+
+def test_another_device_is_learnt_from_its_steps():
+    costs = taught(SLOW, steps=300)
+    for load in [
+        load_of(decodes=3),
+        load_of(decodes=12, adapters=5),
+        load_of(decodes=4, prompt_tokens=500, adapters=2),
+    ]:
+        assert costs.estimate_ms(load) == pytest.approx(SLOW.of(load), rel=0.1)
+
+
+def test_a_mode_that_never_ran_is_estimated_from_the_others():
+    costs = taught(SLOW, steps=300, lora_always=True)
+    merged = load_of(decodes=8, mode=Mode.MERGED)
+    unmerged = load_of(decodes=8, adapters=8)
+    assert costs.estimate_ms(merged) < 0.8 * costs.estimate_ms(unmerged)
+
+
+def test_what_the_line_misses_is_corrected_for_the_mode_and_bucket_where_it_is_missed():
+    costs = taught(SLOW, steps=300)
+    odd, usual = load_of(decodes=16, adapters=1), load_of(decodes=15, adapters=1)
+    for _ in range(100):
+        costs.observe(odd, 1.3 * SLOW.of(odd))
+        costs.observe(usual, SLOW.of(usual))
+    assert costs.estimate_ms(odd) == pytest.approx(1.3 * SLOW.of(odd), rel=0.05)
+    assert costs.estimate_ms(usual) == pytest.approx(SLOW.of(usual), rel=0.05)
+
+
+def test_one_slow_step_changes_little():
+    costs, load = taught(SLOW, steps=300), load_of(decodes=8, adapters=4)
+    before = costs.estimate_ms(load)
+    costs.observe(load, 100 * before)
+    assert costs.estimate_ms(load) < 1.1 * before
+
+
+def test_a_mode_that_looked_bad_once_is_tried_again_some_day():
+    costs = taught(SLOW, steps=300)
+    mixture = load_of(decodes=8, adapters=4, mode=Mode.MIXTURE)
+    for _ in range(10):
+        costs.observe(mixture, 1.4 * SLOW.of(mixture))
+    blamed = costs.estimate_ms(mixture)
+    for _ in range(3000):
+        load = load_of(decodes=8, adapters=4)
+        costs.observe(load, SLOW.of(load))
+    assert blamed > 1.15 * SLOW.of(mixture)
+    assert costs.estimate_ms(mixture) == pytest.approx(SLOW.of(mixture), rel=0.05)
+
+
+def test_lora_never_makes_a_step_quicker():
+    free = dataclasses.replace(SLOW, lora_ms=0.0, page_ms=0.0, token_page_ms=0.0)
+    costs = taught(free, steps=300, noise=0.2)
+    for adapters in range(1, 9):
+        with_lora = costs.estimate_ms(load_of(decodes=8, adapters=adapters, mode=Mode.MIXTURE))
+        assert with_lora >= costs.estimate_ms(load_of(decodes=8, mode=Mode.MIXTURE))
+
+
+def test_merges_are_measured():
+    costs = StepCosts(merge_ms=10.0)
+    for _ in range(20):
+        costs.observe_merge(63.5)
+    assert costs.merge_ms == pytest.approx(63.5, rel=0.01)

@@ -1,0 +1,66 @@
+import collections
+import itertools
+import json
+import statistics
+
+import pytest
+
+from valora_jax.replay.arrivals import (
+    VIDEO_ANALYTICS,
+    Arrival,
+    Lengths,
+    make_trace,
+    read_traces,
+    skewed,
+    zipf,
+)
+
+
+def gaps_of(trace: list[Arrival]) -> list[float]:
+    return [b.at_s - a.at_s for a, b in itertools.pairwise(trace)]
+
+
+def test_skew_is_the_share_of_the_first_and_no_less_than_an_equal_one():
+    assert skewed(5, 0.8) == pytest.approx([0.8, 0.05, 0.05, 0.05, 0.05])
+    assert skewed(4, 0.0) == [0.25] * 4
+    assert skewed(1, 0.5) == [1.0]
+
+
+def test_zipf_weights_fall_with_the_rank():
+    assert zipf(3, 1.0) == pytest.approx([6 / 11, 3 / 11, 2 / 11])
+    assert zipf(4, 0.0) == [0.25] * 4
+
+
+@pytest.mark.parametrize("cv", [0.5, 1.0, 3.0])
+def test_gaps_have_the_rate_and_the_spread_asked_for(cv):
+    gaps = gaps_of(make_trace([1.0], rate=20.0, requests=20_000, cv=cv))
+    mean = statistics.fmean(gaps)
+    assert mean == pytest.approx(1 / 20, rel=0.05)
+    assert statistics.pstdev(gaps) / mean == pytest.approx(cv, rel=0.05)
+
+
+def test_adapters_and_lengths_are_drawn_as_asked():
+    trace = make_trace(skewed(4, 0.7), rate=1.0, requests=5000, lengths=VIDEO_ANALYTICS)
+    shares = collections.Counter(arrival.adapter for arrival in trace)
+    assert shares[0] / 5000 == pytest.approx(0.7, abs=0.03)
+    assert {arrival.output_tokens for arrival in trace} == set(range(5, 11))
+    assert all(3476 <= arrival.prompt_tokens <= 3536 for arrival in trace)
+
+
+def test_a_seed_gives_the_same_requests_at_any_rate():
+    slow, fast = (make_trace(zipf(8, 1.0), rate=rate, requests=50, seed=3) for rate in (1.0, 10.0))
+    assert [a.adapter for a in slow] == [a.adapter for a in fast]
+    assert [a.at_s for a in slow] == pytest.approx([10 * a.at_s for a in fast])
+    assert slow != make_trace(zipf(8, 1.0), rate=1.0, requests=50, seed=4)
+
+
+def test_every_wrong_number_is_named():
+    with pytest.raises(ValueError, match=r"(?s)rate=0 must be positive.*cv=-1 must be positive"):
+        make_trace([1.0], rate=0, requests=1, cv=-1, lengths=Lengths(prompt=(1, 1), output=(1, 1)))
+
+
+def test_traces_are_read_from_json(tmp_path):
+    path = tmp_path / "traces.json"
+    path.write_text(json.dumps({"slow": [{"t": 0.5, "adapter": 3, "text": 40, "out": 16}]}))
+    [arrival] = read_traces(path, image_tokens=576)["slow"]
+    assert arrival == Arrival(at_s=0.5, adapter=3, prompt_tokens=616, output_tokens=16)

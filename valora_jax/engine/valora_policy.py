@@ -1,0 +1,208 @@
+"""Algorithm 1 of the VaLoRA paper, with measured costs in place of its fixed shares.
+
+Each round compares what a step would take: for everybody, on the base weights (unmerged) or on the
+copy (mixture); and for some, the requests of the copy's adapter alone (merged), which leaves the
+others waiting. Holding back pays if the mean time of a token falls: with `t` for some and `t + d`
+for everybody, and a share `q` of the requests served in every k-th step only, it is
+
+    ((k - 1) t + t + d) ((1 - q) / k + q),  least at  k = sqrt(d (1 - q) / (t q)).
+
+The paper goes by shares of a batch: merged above one half. That fits a LoRA that makes steps nearly
+twice as long; where a step pays a few per cent, holding back half the requests does not.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+
+from valora_jax.engine.rounds import EVERYBODY_UNMERGED, Adapter, Chunks, Decision, Round
+
+_LEAST_GAIN = 0.02  # of the mean time of a token, below which nobody is held back
+_LEAST_MODE_GAIN = 0.01  # of a step's time, below which the mode stays
+_HORIZON_S = 5.0  # how long what a copy would have saved is remembered, and expected to go on
+_RETURN = 2.0  # gain of a merge in units of its cost and of the gain that it gives up
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Choice:
+    """The best use of one copy.
+
+    Attributes:
+      everybody: serves all.
+      everybody_ms: time of that step.
+      some: serves those who gain, the others after `patience_s`; None if that does not pay.
+      token_ms: mean time of a request's token.
+      unmerged_ms: of everybody's step without a copy.
+    """
+
+    everybody: Decision
+    everybody_ms: float
+    some: Decision | None = None
+    patience_s: float = 0.0
+    token_ms: float
+    unmerged_ms: float
+
+
+class Valora:
+    """Merged while it pays, then mixture, then unmerged; nobody is held back longer than theta.
+
+    A request's credit is the time it waited, the time of the steps until it was served (those who
+    wait before it go first) and that of a merge's next chunk. When one passes theta, or waited as
+    long as holding it back pays, or rows are short, the next step serves everybody.
+
+    Another adapter is folded in once that would have saved, in the steps of the last seconds, twice
+    what the merge costs and twice what the present copy saved. So merges stay rare where adapters
+    are alike, and what they cost is bounded by what there was to save, whatever the requests do.
+    """
+
+    def __init__(self, *, max_wait_s: float):
+        """Makes a policy for an empty engine.
+
+        Args:
+          max_wait_s: theta, what a latency objective leaves for waiting: until the first token and
+            from token to token.
+        """
+        self._max_wait_s = max_wait_s
+        self._on_copy = False  # the mode of the last step for everybody
+        self._gains = _Gains()
+
+    def decide(self, round: Round) -> Decision:
+        chunks = round.chunks(EVERYBODY_UNMERGED)
+        choice = self._best(round, chunks, round.copy.usable)
+        self._on_copy = choice.everybody.folded is not None
+        merge = self._next_merge(round, chunks, choice)
+        decision = choice.everybody
+        if choice.some is not None and not self._starves(round, choice, merging=merge is not None):
+            decision = choice.some
+        return dataclasses.replace(decision, merge=merge)
+
+    def forget(self, adapter: Adapter) -> None:
+        self._gains.forget(adapter)
+
+    def _best(self, round: Round, chunks: Chunks, folded: Adapter | None) -> _Choice:
+        """The best use of a copy with `folded` for a step of `chunks`."""
+        unmerged_ms = round.estimate_ms(chunks, None)
+        everybody, everybody_ms = EVERYBODY_UNMERGED, unmerged_ms
+        weak = {a for a, _ in chunks if a is not None and not round.traits(a).mergeable}
+        if folded is not None and not weak:
+            copy_ms = round.estimate_ms(chunks, folded)
+            gain = _LEAST_MODE_GAIN * unmerged_ms * (-1 if self._on_copy else 1)
+            if copy_ms < unmerged_ms - gain:
+                everybody = Decision(folded=folded)
+                everybody_ms = copy_ms
+        best = _Choice(
+            everybody=everybody,
+            everybody_ms=everybody_ms,
+            token_ms=everybody_ms,
+            unmerged_ms=unmerged_ms,
+        )
+        for some in _some(chunks, folded, weak):
+            served = [chunk for chunk in chunks if chunk[0] in some]
+            if not served or len(served) == len(chunks):
+                continue
+            some_ms = round.estimate_ms(served, folded)
+            period, token_ms = _hold_back(some_ms, everybody_ms, 1 - len(served) / len(chunks))
+            if token_ms < min(best.token_ms, (1 - _LEAST_GAIN) * everybody_ms):
+                best = dataclasses.replace(
+                    best,
+                    some=Decision(folded=folded, only=some),
+                    patience_s=(period - 1) * some_ms / 1e3,
+                    token_ms=token_ms,
+                )
+        return best
+
+    def _starves(self, round: Round, choice: _Choice, *, merging: bool) -> bool:
+        """Whether one of those whom `choice.some` leaves out must not wait any more."""
+        assert choice.some is not None
+        # Who is held back keeps its row: where rows are short, others would wait for it in turn.
+        if len(round.running) + len(round.waiting) > round.limits.max_requests:
+            return True
+        step_s = choice.everybody_ms / 1e3
+        chunk_s = round.limits.merge_chunk_ms / 1e3 if merging else 0.0
+        tokens = 0
+        for request in itertools.chain(round.running, round.waiting):
+            if choice.some.serves(request):
+                continue
+            waited_s = round.waited_s(request)
+            tokens += request.remaining
+            steps = math.ceil(tokens / round.limits.max_tokens_per_step)
+            credit_s = waited_s + steps * (step_s + chunk_s)
+            if credit_s > self._max_wait_s or waited_s >= choice.patience_s:
+                return True
+        return False
+
+    def _next_merge(self, round: Round, chunks: Chunks, choice: _Choice) -> Adapter | None:
+        """Whose copy to work on: the one begun, or one that would have paid for itself."""
+        rival, present = _rival(round, chunks), {adapter for adapter, _ in chunks}
+        self._gains.move_to(round.now_s)
+        if round.copy.usable is not None:
+            self._gains.add(round.copy.usable, choice.unmerged_ms - choice.token_ms)
+        if rival is not None:
+            alone = self._best(round, chunks, rival)
+            self._gains.add(rival, alone.unmerged_ms - alone.token_ms)
+        if round.copy.usable is None and round.copy.adapter in present:
+            return round.copy.adapter
+        if rival is None:
+            return None
+        ours_ms = 0.0 if round.copy.usable is None else self._gains.of(round.copy.usable)
+        price_ms = _RETURN * (round.costs.merge_ms + ours_ms)
+        return rival if self._gains.of(rival) > price_ms else None
+
+
+class _Gains:
+    """What a copy would have saved lately, by adapter: sums that fade over `_HORIZON_S`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[Adapter, float] = {}
+        self._origin_s = self._now_s = 0.0
+
+    def move_to(self, now_s: float) -> None:
+        self._now_s = now_s
+        if (elapsed_s := now_s - self._origin_s) > 10 * _HORIZON_S:  # before the weights overflow
+            fade = math.exp(-elapsed_s / _HORIZON_S)
+            self._sums = {a: x * fade for a, x in self._sums.items() if x * fade > 1e-3}
+            self._origin_s = now_s
+
+    def add(self, adapter: Adapter, ms: float) -> None:
+        # New ones weigh more instead of all others less, which would cost a loop every round.
+        self._sums[adapter] = self._sums.get(adapter, 0.0) + ms * self._weight()
+
+    def of(self, adapter: Adapter) -> float:
+        return self._sums.get(adapter, 0.0) / self._weight()
+
+    def forget(self, adapter: Adapter) -> None:
+        self._sums.pop(adapter, None)
+
+    def _weight(self) -> float:
+        return math.exp((self._now_s - self._origin_s) / _HORIZON_S)
+
+
+def _some(
+    chunks: Chunks, folded: Adapter | None, weak: set[Adapter]
+) -> list[frozenset[Adapter | None]]:
+    """Whom a step on the copy could serve alone: its adapter; all but those too weak for it."""
+    if folded is None:
+        return []
+    some: list[frozenset[Adapter | None]] = [frozenset([folded])]
+    if weak:
+        some.append(frozenset(adapter for adapter, _ in chunks if adapter not in weak))
+    return some
+
+
+def _hold_back(some_ms: float, everybody_ms: float, held: float) -> tuple[int, float]:
+    """The best number of steps in which everybody is served once, and a token's mean time."""
+    extra_ms = max(everybody_ms - some_ms, 0.0)
+    period = max(round(math.sqrt(extra_ms * (1 - held) / (some_ms * held))), 1)
+    return period, (period * some_ms + extra_ms) * ((1 - held) / period + held)
+
+
+def _rival(round: Round, chunks: Chunks) -> Adapter | None:
+    """The adapter of most tokens, weighed by its pages, of those that could be folded in next."""
+    weight: dict[Adapter, float] = collections.defaultdict(float)
+    for adapter, tokens in chunks:
+        if adapter is not None and adapter != round.copy.usable:
+            traits = round.traits(adapter)
+            if traits.mergeable:
+                weight[adapter] += tokens * traits.pages
+    return max(weight, key=weight.__getitem__, default=None)

@@ -109,17 +109,17 @@ class DLora:
     def decide(self, round: Round) -> Decision:
         batch = self._batch(round)
         counts = round.requests()
-        candidates = {a: n for a, n in counts.items() if a is not None and self._may(a, round)}
-        hot = max(candidates, key=candidates.__getitem__, default=None)
+        hot = next((a for a, _ in counts.most_common() if self._may(a, round)), None)
         merged_ms, unmerged_ms = self._times(round, hot)
-        self._count(round, merged_ms, unmerged_ms, candidates.get(hot, 0), len(batch))
+        self._count(round, merged_ms, unmerged_ms, 0 if hot is None else counts[hot], len(batch))
         if self._serves_starving(batch, unmerged_ms) or hot is None:
             return self._unmerge(round)
         if self._leave is None:
             self._leave = merged_ms / unmerged_ms
-        if self._active is not None and candidates.get(self._active, 0) >= self._leave * len(batch):
-            return self._merge(self._active, round, batch, merged_ms)
-        if candidates[hot] >= self._enter * len(batch):
+        active = self._active
+        if self._may(active, round) and counts[active] >= self._leave * len(batch):
+            return self._merge(active, round, batch, merged_ms)
+        if counts[hot] >= self._enter * len(batch):
             self._adapt(merged=self._active is not None, switch_ms=round.costs.merge_ms)
             self._active = hot
             return self._merge(hot, round, batch, merged_ms)
@@ -131,8 +131,11 @@ class DLora:
         if self._active == adapter:
             self._active = None
 
-    def _may(self, adapter: Adapter, round: Round) -> bool:
-        return round.traits(adapter).mergeable and self._credit_ms[adapter] >= -self._upper_ms
+    def _may(self, adapter: Adapter | None, round: Round) -> bool:
+        """Whether an adapter can merge and does not owe too much to those whom it held back."""
+        if adapter is None or self._credit_ms.get(adapter, 0.0) < -self._upper_ms:
+            return False
+        return round.traits(adapter).mergeable
 
     @staticmethod
     def _batch(round: Round) -> list[Servable]:
@@ -160,7 +163,7 @@ class DLora:
     def _serves_starving(self, batch: list[Servable], unmerged_ms: float) -> bool:
         """Whether adapters with much credit are to be served now; they pay for it."""
         present = {request.adapter for request in batch}
-        self._owed |= {a for a in present if self._credit_ms[a] >= self._upper_ms}
+        self._owed |= {a for a in present if self._credit_ms.get(a, 0.0) >= self._upper_ms}
         for adapter in [*self._owed]:
             self._credit_ms[adapter] -= unmerged_ms
             if self._credit_ms[adapter] < self._lower_ms or adapter not in present:

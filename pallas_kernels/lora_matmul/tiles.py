@@ -90,8 +90,8 @@ def lora_tile(*, rows: int, width: int, columns: int, device: str | None = None)
     count = multiprocessors(device)
     height = block_rows(rows)
     row_tiles = math.ceil(rows / height)
-    expand = _expand_tile(height, row_tiles, multiprocessors=count)
     shrink = _shrink_tile(height, row_tiles, width=width, columns=columns, multiprocessors=count)
+    expand = _expand_tile(height, row_tiles, splits=shrink.splits, multiprocessors=count)
     tile = LoraTile(
         block_rows=height,
         # One for each row of a decode, as each may bring another adapter; more than there is work
@@ -105,14 +105,15 @@ def lora_tile(*, rows: int, width: int, columns: int, device: str | None = None)
     return fitted(tile, itemsize=4)
 
 
-def _expand_tile(height: int, row_tiles: int, *, multiprocessors: int) -> ExpandTile:
-    """Several blocks a program where there are more programs than the device takes at once."""
-    if height < 64:
-        return ExpandTile(block_columns=128, blocks=1, block_ranks=64, warps=4, stages=2)
+def _expand_tile(height: int, row_tiles: int, *, splits: int, multiprocessors: int) -> ExpandTile:
+    """Steps in flight where a program has several; sums to add up are no operands to be so."""
+    if height < 64 or splits > 1:
+        columns = 64 if height < 64 else 128
+        return ExpandTile(block_columns=columns, blocks=1, block_ranks=64, warps=4, stages=1)
+    # Narrow blocks, so that programs have few registers and many are in flight.
     if 4 * row_tiles > multiprocessors:
-        # Narrow blocks, so that programs have few registers and many are in flight.
-        return ExpandTile(block_columns=64, blocks=8, block_ranks=64, warps=4, stages=5)
-    return ExpandTile(block_columns=128, blocks=2, block_ranks=64, warps=4, stages=3)
+        return ExpandTile(block_columns=64, blocks=16, block_ranks=64, warps=4, stages=7)
+    return ExpandTile(block_columns=64, blocks=8, block_ranks=64, warps=4, stages=5)
 
 
 def _shrink_tile(
@@ -131,7 +132,7 @@ def _shrink_tile(
         )
     if 4 * row_tiles > multiprocessors:
         # Programs of one linear are few: each has a multiprocessor's shared memory to itself.
-        stages = 5 if columns <= width else 3
+        stages = 6 if columns <= width else 3
         return ShrinkTile(
             block_k=128, block_ranks=64, rank_programs=1, splits=1, warps=4, stages=stages
         )
@@ -201,7 +202,8 @@ def shared_memory_bytes(tile: LoraTile, *, itemsize: int) -> dict[str, int]:
     pages = 4 * expand.block_ranks + 4
     stages = max(min(expand.stages, 2), 1 + (expand.stages - 1) // 2)
     in_flight = buffers(stages) * (y_and_b + h + pages)
-    identity, result = rows * rows * itemsize, rows * expand.block_columns * 4
+    identity = expand.block_columns**2 * itemsize if expand.stages > 1 else 0
+    result = rows * expand.block_columns * 4
     return {
         "shrink": max(x_and_a * buffers(shrink.stages), rows * shrink.block_ranks * 4),
         "expand": in_flight + (2 * identity if rows >= 64 else identity + result),

@@ -171,13 +171,14 @@ def _expand_tile(
 ) -> None:
     """Adds `h @ B` to row tile m of a part, in some blocks of its columns.
 
-    y goes through the matmul unit, too, as what an identity is multiplied with, which changes
-    nothing of it: loads of operands are those that Triton keeps in flight over several steps.
+    With several stages y goes through the matmul unit, too, times an identity, which changes
+    nothing of it: loads of operands are those that Triton keeps in flight over several steps. On
+    the left, so that what is not finite stays in its row.
     """
     T = y_TE.shape[0]
     row_t, in_tile_t = rows_of(of, block_rows=block_rows)
-    i_t = jnp.arange(block_rows)
-    identity_tt = (i_t[:, None] == i_t[None, :]).astype(y_TE.dtype)
+    i_e = jnp.arange(cut.block_columns)
+    identity_ee = (i_e[:, None] == i_e[None, :]).astype(y_TE.dtype)
     steps = pl.cdiv(of.pages * PAGE_RANKS, cut.block_ranks)
 
     def add(i, sum_te):
@@ -197,7 +198,10 @@ def _expand_tile(
             mask=in_list_r[:, None] & in_part_e[None, :],
             other=0,
         )
-        sum_te = jnp.where(k == 0, 0, sum_te) + dot(identity_tt, y_te, contract=(1, 0))
+        if cut.stages == 1:
+            sum_te = jnp.where(k == 0, y_te.astype(jnp.float32), sum_te)
+        else:
+            sum_te = jnp.where(k == 0, 0, sum_te) + dot(y_te, identity_ee, contract=(1, 0))
         sum_te += dot(h_tr.astype(dtype), b_re.astype(dtype), contract=(1, 0))
         plgpu.store(out_TE.at[*y_at], sum_te.astype(out_TE.dtype), mask=mask_te & (k == steps - 1))
         return sum_te

@@ -12,14 +12,16 @@ class MergeTile:
 
     Attributes:
       block_d: rows, of the linear's input width.
-      block_e: columns, of its output width.
+      block_e: columns at once, of its output width.
+      blocks: of columns, one after the other.
       pages: rank pages a step of the loop over an adapter's ranks, of 16 rank rows each.
       warps: of a program.
-      stages: steps of the loop that are loaded ahead.
+      stages: steps of the loop that are loaded ahead; pages take two, for their ids.
     """
 
     block_d: int
     block_e: int
+    blocks: int
     pages: int
     warps: int
     stages: int
@@ -36,11 +38,10 @@ class MergeTile:
 
 
 def default_tile(dtype: DTypeLike) -> MergeTile:
-    """A tile for weights of a dtype: small enough that several programs share a processor.
+    """A tile for weights of a dtype: narrow, so that several programs share a processor.
 
-    The operation is a copy with little arithmetic on the way, so loads of one program hide behind
-    the stores of another. Products of float32 run outside the tensor cores, from registers.
+    Products of float32 run outside the tensor cores, from registers.
     """
     if jnp.dtype(dtype).itemsize > 2:
-        return MergeTile(block_d=64, block_e=64, pages=1, warps=4, stages=2)
-    return MergeTile(block_d=64, block_e=128, pages=4, warps=4, stages=2)
+        return MergeTile(block_d=64, block_e=64, blocks=1, pages=1, warps=4, stages=2)
+    return MergeTile(block_d=64, block_e=64, blocks=16, pages=4, warps=4, stages=7)

@@ -13,7 +13,7 @@ from pallas_kernels.lora_merge import MergeTile, lora_merge, reference, triton, 
 from tests.pallas_kernels.hopper import interpret_kernels, launches, lower_for_hopper
 
 LAYERS, SLOTS = 2, 4
-TILE = MergeTile(block_d=16, block_e=16, pages=2, warps=4, stages=2)
+TILE = MergeTile(block_d=16, block_e=16, blocks=2, pages=2, warps=4, stages=2)
 # Half a unit in the last place, which one rounding of an exact sum may be off; float32 products
 # round in between, and sums of either dtype do so near the half.
 TOLERANCE = {
@@ -142,7 +142,7 @@ def test_parts_that_do_not_fit_are_refused():
     ],
 )
 def test_impossible_tiles_are_refused(field, message):
-    shape = dict(block_d=16, block_e=16, pages=2, warps=4, stages=2)
+    shape = dict(block_d=16, block_e=16, blocks=1, pages=2, warps=4, stages=2)
     with pytest.raises(ValueError, match=message):
         MergeTile(**(shape | field))
 

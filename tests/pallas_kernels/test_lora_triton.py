@@ -165,6 +165,18 @@ def test_any_number_of_blocks_of_columns_of_a_program(blocks):
     check(*make_linear(), tile=dataclasses.replace(TILE, expand=expand))
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_what_is_not_finite_stays_in_its_row(stages):
+    parts, x_TD, y_TE, adapters = make_linear()
+    tile = dataclasses.replace(TILE, expand=dataclasses.replace(TILE.expand, stages=stages))
+    tiles = op.RowTiles.of(jnp.asarray(adapters, jnp.int32), block_rows=16)
+    how = dict(tiles=tiles, layer=LAYER, implementation="triton", tile=tile)
+    want_TE = op.lora_matmul(y_TE, x_TD, parts, **how)
+    got_TE = op.lora_matmul(y_TE.at[1].set(jnp.inf), x_TD, parts, **how)
+    others = np.arange(len(adapters)) != 1
+    np.testing.assert_array_equal(got_TE[others], want_TE[others])
+
+
 def test_the_expand_may_take_more_ranks_at_once_than_the_shrink():
     expand = dataclasses.replace(TILE.expand, block_ranks=64, block_columns=32)
     check(*make_linear(), tile=dataclasses.replace(TILE, expand=expand))

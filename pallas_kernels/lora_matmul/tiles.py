@@ -108,7 +108,7 @@ def lora_tile(*, rows: int, width: int, columns: int, device: str | None = None)
 def _expand_tile(height: int, row_tiles: int, *, splits: int, multiprocessors: int) -> ExpandTile:
     """Steps in flight where a program has several; sums to add up are no operands to be so."""
     if height < 64 or splits > 1:
-        columns = 64 if height < 64 else 128
+        columns = 64 if height == 32 else 128  # more take more registers than there are
         return ExpandTile(block_columns=columns, blocks=1, block_ranks=64, warps=4, stages=1)
     # Narrow blocks, so that programs have few registers and many are in flight.
     if 4 * row_tiles > multiprocessors:

@@ -175,39 +175,41 @@ def _expand_tile(
     nothing of it: loads of operands are those that Triton keeps in flight over several steps. On
     the left, so that what is not finite stays in its row.
     """
-    T = y_TE.shape[0]
+    T, block_ranks = y_TE.shape[0], cut.block_ranks
     row_t, in_tile_t = rows_of(of, block_rows=block_rows)
     i_e = jnp.arange(cut.block_columns)
     identity_ee = (i_e[:, None] == i_e[None, :]).astype(y_TE.dtype)
     steps = pl.cdiv(of.pages * PAGE_RANKS, cut.block_ranks)
 
-    def add(i, sum_te):
+    def add(i, carry):
+        sum_te, page_r = carry
         n, k = jax.lax.div(i, steps), jax.lax.rem(i, steps)
+        if cut.stages == 1:  # the next step's, so that no load of this one waits for them
+            next_page_r = page_ids(table_MX, m, jax.lax.rem(i + 1, steps), block_ranks=block_ranks)
+        else:  # this step's, which Triton loads early enough
+            page_r = next_page_r = page_ids(table_MX, m, k, block_ranks=block_ranks)
         at_e = (first_block + n) * cut.block_columns + jnp.arange(cut.block_columns)
         in_part_e = at_e < b_RE.shape[1]
         y_at = (row_t[:, None], (first_column + at_e)[None, :])
-        mask_te = in_tile_t[:, None] & in_part_e[None, :]
-        rank_r, in_list_r = ranks_of(of, k, block_ranks=cut.block_ranks)
-        page_r = page_ids(table_MX, m, k, block_ranks=cut.block_ranks)
-        row_r = pool_rows(page_r, rank_r, layer=layer, pages=pages)
+        ends_te = in_tile_t[:, None] & in_part_e[None, :] & (k == steps - 1)
+        y_te = plgpu.load(y_TE.at[*y_at], mask=ends_te, other=0)
+        rank_r, in_list_r = ranks_of(of, k, block_ranks=block_ranks)
         mask_tr = in_tile_t[:, None] & in_list_r[None, :]
         h_tr = _sum_of_splits(h_UC, row_t, first_rank + rank_r, mask_tr, T=T)
-        y_te = plgpu.load(y_TE.at[*y_at], mask=mask_te & (k == 0), other=0)
-        b_re = plgpu.load(
-            b_RE.at[row_r[:, None], at_e[None, :]],
-            mask=in_list_r[:, None] & in_part_e[None, :],
-            other=0,
-        )
-        if cut.stages == 1:
-            sum_te = jnp.where(k == 0, y_te.astype(jnp.float32), sum_te)
-        else:
-            sum_te = jnp.where(k == 0, 0, sum_te) + dot(y_te, identity_ee, contract=(1, 0))
+        row_r = pool_rows(page_r, rank_r, layer=layer, pages=pages)
+        b_at, mask_re = (row_r[:, None], at_e[None, :]), in_list_r[:, None] & in_part_e[None, :]
+        b_re = plgpu.load(b_RE.at[*b_at], mask=mask_re, other=0)
+        sum_te = jnp.where(k == 0, 0, sum_te)
         sum_te += dot(h_tr.astype(dtype), b_re.astype(dtype), contract=(1, 0))
-        plgpu.store(out_TE.at[*y_at], sum_te.astype(out_TE.dtype), mask=mask_te & (k == steps - 1))
-        return sum_te
+        if cut.stages == 1:
+            out_te = y_te.astype(jnp.float32) + sum_te
+        else:
+            out_te = sum_te = sum_te + dot(y_te, identity_ee, contract=(1, 0))
+        plgpu.store(out_TE.at[*y_at], out_te.astype(out_TE.dtype), mask=ends_te)
+        return sum_te, next_page_r
 
     zeros_te = jnp.zeros((block_rows, cut.block_columns), jnp.float32)
-    jax.lax.fori_loop(0, cut.blocks * steps, add, zeros_te)
+    jax.lax.fori_loop(0, cut.blocks * steps, add, (zeros_te, of.page_r))
 
 
 def _sum_of_splits(h_UC, row_t, at_r, mask_tr, *, T: int) -> jax.Array:

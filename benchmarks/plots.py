@@ -64,6 +64,9 @@ def latency(records: Sequence[Record]) -> Figure | None:
         for column, count in enumerate(adapters):
             panel = panels[row, column]
             own = [r for r in swept if (r["rank"], r["adapters"]) == (rank, count)]
+            if not own:  # of a short run; a logarithmic axis needs values
+                panel.set_axis_off()
+                continue
             for impl, line in series(own, x="batch", of="impl").items():
                 label, color, marker = STYLES[impl]
                 _line(panel, line, "median_ms", color=color, marker=marker, label=label)
@@ -145,7 +148,7 @@ def _span(values: Iterable[float]) -> tuple[float, float]:
 def _finish(figure: Figure, panels: np.ndarray, x: str, y: str, title: str) -> Figure:
     """Labels the outer axes; one legend for all panels."""
     labels = {}
-    for panel in panels.flat:
+    for panel in (panel for panel in panels.flat if panel.axison):
         panel.grid(alpha=0.3, linewidth=0.5)
         panel.xaxis.set_major_formatter("{x:g}")
         labels |= dict(zip(*panel.get_legend_handles_labels()[::-1], strict=True))
@@ -154,7 +157,8 @@ def _finish(figure: Figure, panels: np.ndarray, x: str, y: str, title: str) -> F
     for panel in panels[:, 0]:
         panel.set_ylabel(y)
     figure.suptitle(title, fontsize=11)
-    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=6, fontsize=8)
+    look = dict(loc="outside lower center", ncols=2 * panels.shape[1], fontsize=8)
+    figure.legend(labels.values(), labels.keys(), **look)
     return figure
 
 

@@ -46,6 +46,11 @@ def test_latency_has_a_panel_a_rank_and_a_line_an_implementation_and_the_floor()
     assert list(first.lines[0].get_ydata()) == pytest.approx([10, 10])  # microseconds
 
 
+def test_a_panel_without_records_stays_empty(tmp_path):
+    write(tmp_path / "kernels.jsonl", [lora("triton", 8), lora("triton", 32, adapters=32, rank=8)])
+    assert "lora_latency.png" in [path.name for path in plots.draw(tmp_path)]
+
+
 def test_the_roofline_shows_our_kernels_alone():
     figure = plots.roofline([lora("triton", 8), lora("loop", 8)])
     assert figure is not None

@@ -75,8 +75,7 @@ def lora_matmul(
         cut=tile.shrink,
     )
     h_UC = shrink.launch(layer, x_TD, tables, pools)
-    how = dict(columns=columns, dtype=x_TD.dtype, tile=tile)
-    return _expand(y_TE, h_UC, pools, tables, layer, **how)
+    return _expand(y_TE, h_UC, pools, tables, layer, columns=columns, dtype=x_TD.dtype, tile=tile)
 
 
 def check_rows(x_TD: jax.Array, tiles: RowTiles, *, block_rows: int) -> None:

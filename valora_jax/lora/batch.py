@@ -123,8 +123,14 @@ class LoraBatch:
           sites, columns, layer: as in `add`.
         """
         first_of = self._served(sites, columns)
-        how = self._how(first_of, layer) | dict(bias_E=bias_E, counters=self.counters)
-        y_TE = lora_linear(x_TD, w_DE, self._parts(first_of), **how)
+        y_TE = lora_linear(
+            x_TD,
+            w_DE,
+            self._parts(first_of),
+            bias_E=bias_E,
+            counters=self.counters,
+            **self._how(first_of, layer),
+        )
         return self._add_biases(y_TE, first_of, layer=layer)
 
     def _served(self, sites: Sequence[str], columns: Sequence[int]) -> dict[str, int]:

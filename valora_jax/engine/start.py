@@ -120,7 +120,7 @@ def assemble(
         tiles = "measured on this device" if tuned else "computed, see docs/tuning.md"
         console.print(f"{runner.traces} compiled functions; tiles of LoRA on a GPU: {tiles}")
     # A CPU computes with the cores that plan: there is nothing to keep busy meanwhile.
-    steps_ahead = config.steps_ahead or (1 if jax.default_backend() == "cpu" else 4)
+    steps_ahead = config.steps_ahead or (1 if jax.default_backend() == "cpu" else 2)
     core = EngineCore(
         runner, scheduler, images, adapters, tokenizer=tokenizer, steps_ahead=steps_ahead
     )

@@ -117,12 +117,11 @@ class Measurements:
     def _make_wanted(self, tokens: int, segments: Segments) -> jax.Array:
         """What a run makes of the first product with the first variant, in float32 by XLA."""
         task = Task(linear=self._linear, tokens=tokens, block_rows=64)
-        slot_T = _slots(tokens, 0, ADAPTERS[segments])
+        row_N = _checked_rows(tokens)
+        slot_N = _slots(tokens, 0, ADAPTERS[segments])[row_N]
+        y_NE, x_ND = _products(task)[0][row_N], _input(task)[row_N]
         with jax.default_matmul_precision("highest"):
-            y_TE = _reference(
-                _products(task)[0], _input(task), self._pools, slot_T, columns=tuple(self._columns)
-            )
-        return y_TE[_checked_rows(tokens)]
+            return _reference(y_NE, x_ND, self._pools, slot_N, columns=tuple(self._columns))
 
 
 def _run(ys_TE, x_TD, pools, row_tiles, *, tile: LoraTile, columns: tuple[int, ...]):

@@ -1,0 +1,123 @@
+"""Computed tiles compile for an H100 that is not there; needs the packages of the `cuda13` extra.
+
+The CUDA plugin compiles for a described device as it does for a real one, ptxas included, but
+without trying which way is fastest. Where it is not installed, the lowering tests remain.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels import lora_matmul as op
+from pallas_kernels.lora_matmul import tiles, tiles_linear, triton, triton_linear
+from pallas_kernels.lora_merge import lora_merge
+from tests.pallas_kernels.test_lora_lowering import LINEARS, pool_shapes
+
+# What XLA asks of a device, from a real one.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024  threads_per_warp: 32
+  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472  threads_per_core_limit: 2048
+  core_count: 132  fpus_per_core: 128
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000  l2_cache_size: 52428800  clock_rate_ghz: 1.98
+  device_memory_size: 84942979072
+  cuda_compute_capability { major: 9 feature_extension: 2 }
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 19 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Compiles a function, given shapes."""
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology="1x1x1", target_config=H100
+        )
+    except (NotImplementedError, RuntimeError) as error:
+        pytest.skip(f"the CUDA plugin does not compile here: {error}")
+    mesh = Mesh(np.array(topology.devices), ("gpus",))
+    sharding = NamedSharding(mesh, PartitionSpec())
+
+    def compile_fn(fn, *shapes):
+        here = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes
+        )
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.jit(fn).lower(*here).compile()
+
+    return compile_fn
+
+
+def shapes_of(width, widths, rows):
+    """Of x, the pools, and the rows' adapters."""
+    pools = tuple(pool_shapes(width, columns, jnp.bfloat16) for columns in widths)
+    return (
+        jax.ShapeDtypeStruct((rows, width), jnp.bfloat16),
+        pools,
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+    )
+
+
+def columns_of(widths) -> tuple[int, ...]:
+    return tuple(sum(widths[:i]) for i in range(len(widths)))
+
+
+@pytest.mark.parametrize("rows", [8, 128, 640, 4096])
+@pytest.mark.parametrize(("width", "widths"), LINEARS.values(), ids=LINEARS.keys())
+def test_shrink_and_expand(compiled, width, widths, rows):
+    E = sum(widths)
+    tile = tiles.lora_tile(rows=rows, width=width, columns=E)
+
+    def add(y_TE, x_TD, pools, adapter_T):
+        row_tiles = op.RowTiles.of(adapter_T, block_rows=tile.block_rows)
+        how = dict(columns=columns_of(widths), tile=tile)
+        return triton.lora_matmul(y_TE, x_TD, pools, row_tiles, np.int32(1), **how)
+
+    x_TD, pools, adapter_T = shapes_of(width, widths, rows)
+    y_TE = jax.ShapeDtypeStruct((rows, E), x_TD.dtype)
+    text = compiled(add, y_TE, x_TD, pools, adapter_T).as_text()
+    assert "lora_shrink" in text
+    assert "lora_expand" in text
+
+
+@pytest.mark.parametrize("rows", [1, tiles_linear.MAX_ROWS])
+@pytest.mark.parametrize(("width", "widths"), LINEARS.values(), ids=LINEARS.keys())
+def test_the_linear_of_a_decode(compiled, width, widths, rows):
+    E = sum(widths)
+    cut = tiles_linear.linear_tile(width=width, columns=E, parts=len(widths), itemsize=2)
+
+    def multiply(x_TD, w_DE, pools, adapter_T, arrived, spare):
+        row_tiles = op.RowTiles.of(adapter_T, block_rows=16)
+        how = dict(columns=columns_of(widths), cut=cut)
+        layer = np.int32(1)
+        return triton_linear.lora_linear(x_TD, w_DE, pools, row_tiles, layer, arrived, spare, **how)
+
+    x_TD, pools, adapter_T = shapes_of(width, widths, rows)
+    w_DE = jax.ShapeDtypeStruct((width, E), x_TD.dtype)
+    counter = jax.ShapeDtypeStruct((1,), jnp.int32)
+    text = compiled(multiply, x_TD, w_DE, pools, adapter_T, counter, counter).as_text()
+    assert "lora_linear" in text
+
+
+@pytest.mark.parametrize(("width", "widths"), LINEARS.values(), ids=LINEARS.keys())
+def test_a_merge(compiled, width, widths):
+    _, pools, _ = shapes_of(width, widths, 1)
+    w_DE = jax.ShapeDtypeStruct((width, sum(widths)), jnp.bfloat16)
+
+    def merge(merged_DE, base_DE, pools):
+        parts = [op.Part(pool=p, column=c) for p, c in zip(pools, columns_of(widths), strict=True)]
+        fill = functools.partial(lora_merge, layer=1, slot=0, implementation="triton")
+        return fill(merged_DE, base_DE, parts)
+
+    assert "lora_merge" in compiled(merge, w_DE, w_DE, pools).as_text()

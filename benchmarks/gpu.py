@@ -76,7 +76,7 @@ class Program:
     calls: float
     error: Callable[[tuple[Any, Any]], float] | None
     timing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    compiler_options: Mapping[str, str] | None = None
+    compiler_options: dict[str, str] | None = None
 
 
 def require_gpu(bench: str) -> None:
@@ -157,8 +157,12 @@ def run_group(programs: Iterable[Program], recorder: Recorder) -> None:
 
 def _lower(program: Program) -> jax.stages.Lowered:
     # A copy that is only written is an argument that nothing reads.
-    options = program.compiler_options and dict(program.compiler_options)
-    jitted = jax.jit(program.run, donate_argnums=0, keep_unused=True, compiler_options=options)
+    jitted = jax.jit(
+        program.run,
+        donate_argnums=0,
+        keep_unused=True,
+        compiler_options=program.compiler_options,
+    )
     shapes = jax.eval_shape(program.carry)
     return jitted.lower(shapes, *program.variants[0])
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from pallas_kernels.lora_matmul import tiles_linear, triton, triton_linear, tuned, xla
 from pallas_kernels.lora_matmul.layout import LoraPool, RowTiles
-from pallas_kernels.lora_matmul.tiles import LoraTile, power_of_two
+from pallas_kernels.lora_matmul.tiles import LoraTile, block_height
 from pallas_kernels.tuning.table import Key, Segments
 
 Implementation = Literal["triton", "xla"]
@@ -103,7 +103,7 @@ def lora_linear(
             columns=E,
             parts=len(parts),
             itemsize=x_TD.dtype.itemsize,
-            tile_rows=tiles_linear.block_rows(tiles.block_rows),
+            tile_rows=block_height(tiles.block_rows),
             device=_device(),
         )
         arrived, spare = counters or Counters.new()
@@ -189,8 +189,12 @@ def lora_matmul(
             return xla.lora_matmul(y_TE, x_TD, pools, tiles, np.int32(layer), columns=columns)
         case "triton":
             if tile is None:
-                itemsize = y_TE.dtype.itemsize
-                tile = _tile(tiles, D=D, E=E, T=T, itemsize=itemsize, segments=segments)
+                tile = tuned.lora_tile_for(
+                    Key(op=tuned.OP, width=D, columns=E, tokens=T, segments=segments),
+                    block_rows=block_height(tiles.block_rows),
+                    itemsize=y_TE.dtype.itemsize,
+                    device=_device(),
+                )
             return triton.lora_matmul(
                 y_TE, x_TD, pools, tiles, np.int32(layer), columns=columns, tile=tile
             )
@@ -206,17 +210,6 @@ def _check(parts: Sequence[Part], *, D: int, E: int, layer: int) -> None:
             raise ValueError(f"columns {part.column}:{stop} of a part exceed y_TE's {E}")
         if not 0 <= layer < (layers := pool.scale_LS.shape[0]):
             raise ValueError(f"layer={layer} is not in [0, {layers})")
-
-
-def _tile(
-    tiles: RowTiles, *, D: int, E: int, T: int, itemsize: int, segments: Segments
-) -> LoraTile:
-    return tuned.lora_tile_for(
-        Key(op=tuned.OP, width=D, columns=E, tokens=T, segments=segments),
-        block_rows=max(16, power_of_two(tiles.block_rows)),
-        itemsize=itemsize,
-        device=_device(),
-    )
 
 
 def _device() -> str:

@@ -100,8 +100,17 @@ def _rank_table(pool: LoraPool, tiles: RowTiles, *, most_pages: int, width: int)
     return table_MX
 
 
-def for_each_tile(read, do, m, programs, *, tiles: int) -> None:
-    """Runs `do(tile, m)` for row tile m and every `programs`-th after it; `read(m)` reads one."""
+def for_each_tile(do, table_MX, m, programs, *, block, block_ranks: int) -> None:
+    """Runs `do(tile, m)` for row tile m and every `programs`-th after it.
+
+    `block` is the program's first block of ranks of a tile.
+    """
+    tiles = table_MX.shape[0] - 1
+
+    def read(m) -> TileRow:
+        numbers = [table_MX[m, column] for column in range(len(TileRow._fields) - 1)]
+        return TileRow._make([*numbers, page_ids(table_MX, m, block, block_ranks=block_ranks)])
+
     if tiles <= programs:  # one each: nothing waits for the bounds of a loop
         do(read(m), m)
         return
@@ -115,11 +124,6 @@ def for_each_tile(read, do, m, programs, *, tiles: int) -> None:
     first = read(m)
     # Of the first, so that the last turn does not wait for another row of the table.
     jax.lax.while_loop(lambda carry: carry[1] < first.in_use, step, (first, m))
-
-
-def read_tile(table_MX, m, *, block, block_ranks: int) -> TileRow:
-    numbers = [table_MX[m, column] for column in range(len(TileRow._fields) - 1)]
-    return TileRow._make([*numbers, page_ids(table_MX, m, block, block_ranks=block_ranks)])
 
 
 def page_ids(table_MX, m, k, *, block_ranks: int) -> jax.Array:

@@ -235,6 +235,11 @@ def _with_expand(tile: LoraTile, **changes: int) -> LoraTile:
     return dataclasses.replace(tile, expand=dataclasses.replace(tile.expand, **changes))
 
 
+def block_height(rows: int) -> int:
+    """The rows of a block for so many: a power of two that the matmul unit takes."""
+    return max(16, power_of_two(rows))
+
+
 def power_of_two(n: int) -> int:
     """The smallest that is not below n."""
     return 1 << max(0, n - 1).bit_length()

@@ -6,6 +6,7 @@ import math
 from pallas_kernels.lora_matmul.tiles import (
     SHARED_MEMORY_BYTES,
     ShrinkTile,
+    block_height,
     multiprocessors,
     power_of_two,
 )
@@ -134,7 +135,7 @@ def shared_memory_bytes(tile: LinearTile, *, rows: int, itemsize: int) -> int:
 
     As Triton did it in jax 0.11.2; see `tiles.shared_memory_bytes` for when a stage has a buffer.
     """
-    height, shrink = block_rows(rows), tile.shrink
+    height, shrink = block_height(rows), tile.shrink
 
     def buffers(height: int) -> int:
         return tile.stages if height >= 64 else max(1, tile.stages - 1)
@@ -148,8 +149,3 @@ def shared_memory_bytes(tile: LinearTile, *, rows: int, itemsize: int) -> int:
         expand * buffers(height) + h,
         x_and_a * buffers(tile.tile_rows),
     )
-
-
-def block_rows(rows: int) -> int:
-    """The rows of a program: all of them, and those that a block must have."""
-    return max(16, power_of_two(rows))

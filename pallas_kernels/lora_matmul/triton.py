@@ -30,11 +30,11 @@ from pallas_kernels.lora_matmul.rank_tables import (
     pool_rows,
     rank_tables,
     ranks_of,
-    read_tile,
     rows_of,
 )
 from pallas_kernels.lora_matmul.tiles import ExpandTile, LoraTile, refusals
-from pallas_kernels.lora_matmul.triton_shrink import Shrink, dot
+from pallas_kernels.lora_matmul.triton_dot import dot, identity
+from pallas_kernels.lora_matmul.triton_shrink import Shrink
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
@@ -143,11 +143,11 @@ def _expand_body(
             block_rows=block_rows,
             cut=cut,
         )
-        read = functools.partial(read_tile, table_MX, block=0, block_ranks=cut.block_ranks)
 
         @pl.when((program >= 0) & (program < programs))
-        def _(multiply=multiply, read=read, tiles=table_MX.shape[0] - 1):
-            for_each_tile(read, multiply, first_m, row_programs, tiles=tiles)
+        def _(multiply=multiply, table_MX=table_MX):
+            block = dict(block=0, block_ranks=cut.block_ranks)
+            for_each_tile(multiply, table_MX, first_m, row_programs, **block)
 
 
 def _expand_tile(
@@ -170,14 +170,11 @@ def _expand_tile(
 ) -> None:
     """Adds `h @ B` to row tile m of a part, in some blocks of its columns.
 
-    With several stages y goes through the matmul unit, too, times an identity, which changes
-    nothing of it: loads of operands are those that Triton keeps in flight over several steps. On
-    the left, so that what is not finite stays in its row.
+    With several stages y goes through the matmul unit, too, for its loads: see `identity`.
     """
     T, block_ranks = y_TE.shape[0], cut.block_ranks
     row_t, in_tile_t = rows_of(of, block_rows=block_rows)
-    i_e = jnp.arange(cut.block_columns)
-    identity_ee = (i_e[:, None] == i_e[None, :]).astype(y_TE.dtype)
+    identity_ee = identity(cut.block_columns, y_TE.dtype)
     steps = pl.cdiv(of.pages * PAGE_RANKS, cut.block_ranks)
 
     def add(i, carry):

@@ -31,9 +31,11 @@ from pallas_kernels.lora_matmul.rank_tables import (
     pool_rows,
     rank_tables,
 )
-from pallas_kernels.lora_matmul.tiles_linear import LinearTile, block_rows, refusals
+from pallas_kernels.lora_matmul.tiles import block_height
+from pallas_kernels.lora_matmul.tiles_linear import LinearTile, refusals
 from pallas_kernels.lora_matmul.triton import check_rows
-from pallas_kernels.lora_matmul.triton_shrink import Shrink, dot
+from pallas_kernels.lora_matmul.triton_dot import dot
+from pallas_kernels.lora_matmul.triton_shrink import Shrink
 
 
 # Under a jit of its own for the reason of `triton.lora_matmul`.
@@ -181,7 +183,10 @@ def _body(
     @pl.when(program >= shrink.programs)
     def _():
         part, column, stop = _place(segments, program - shrink.programs, cut.block_columns)
-        row_t, at_e = jnp.arange(block_rows(x_TD.shape[0])), column + jnp.arange(cut.block_columns)
+        row_t, at_e = (
+            jnp.arange(block_height(x_TD.shape[0])),
+            column + jnp.arange(cut.block_columns),
+        )
         is_row_t, is_column_e = row_t < x_TD.shape[0], at_e < stop
         # Loaded before the product, used after it.
         lists = _Lists.of(part, rows_XT, page_XQ, h_UC, row_t, block_ranks=cut.block_ranks)

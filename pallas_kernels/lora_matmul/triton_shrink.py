@@ -25,10 +25,10 @@ from pallas_kernels.lora_matmul.rank_tables import (
     page_ids,
     pool_rows,
     ranks_of,
-    read_tile,
     rows_of,
 )
 from pallas_kernels.lora_matmul.tiles import ShrinkTile
+from pallas_kernels.lora_matmul.triton_dot import dot
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,13 +132,11 @@ class Shrink:
                 scale_LS=scale_LS,
                 h_UC=h_UC,
             )
-            read = functools.partial(
-                read_tile, table_MX, block=first_block, block_ranks=self.cut.block_ranks
-            )
+            block = dict(block=first_block, block_ranks=self.cut.block_ranks)
 
             @pl.when(part == i)
-            def _(multiply=multiply, read=read, tiles=table_MX.shape[0] - 1):
-                for_each_tile(read, multiply, first_m, self.row_programs, tiles=tiles)
+            def _(multiply=multiply, table_MX=table_MX, block=block):
+                for_each_tile(multiply, table_MX, first_m, self.row_programs, **block)
 
     def _multiply_tile(
         self, i, split, first_block, of: TileRow, m, *, layer, x_TD, table_MX, a_RD, scale_LS, h_UC
@@ -197,14 +195,3 @@ def _dot_over_inputs(x_TD, a_RD, rows, masks, *, first_step, steps: int, block_k
 
     zeros_tr = jnp.zeros((rows[0].shape[0], rows[1].shape[0]), jnp.float32)
     return jax.lax.fori_loop(0, steps, step, zeros_tr)
-
-
-def dot(a, b, *, contract: tuple[int, int]) -> jax.Array:
-    # Without the precision, Triton would round float32 to 10 bits first.
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((contract[0],), (contract[1],)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )

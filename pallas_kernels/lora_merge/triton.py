@@ -2,8 +2,7 @@
 
 A program owns some rows and, one after the other, some blocks of columns. The columns are cut into
 spans, one a part and one a gap between parts, and no program crosses two. The base goes through the
-matmul unit, times an identity: that changes nothing of it, and loads of operands are those that
-Triton keeps in flight over several steps. d and e are one block of D and E, r the rank rows of one
+matmul unit for its loads, see `identity`. d and e are one block of D and E, r the rank rows of one
 step; the other letters are those of `api`.
 """
 
@@ -17,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.lora_matmul.layout import PAGE_RANKS
+from pallas_kernels.lora_matmul.triton_dot import dot, identity
 from pallas_kernels.lora_merge.tiles import MergeTile, default_tile
 
 
@@ -76,10 +76,10 @@ def _copy(base_DE, out_DE, row_d, columns_of, first: int, *, tile: MergeTile) ->
 
     def copy_block(n, carry):
         column_e, is_column_e = columns_of(n)
-        at, mask_de = (row_d[:, None], (first + column_e)[None, :]), is_row_d[:, None] & is_column_e
-        plgpu.store(
-            out_DE.at[*at], plgpu.load(base_DE.at[*at], mask=mask_de, other=0), mask=mask_de
-        )
+        at = (row_d[:, None], (first + column_e)[None, :])
+        mask_de = is_row_d[:, None] & is_column_e[None, :]
+        base_de = plgpu.load(base_DE.at[*at], mask=mask_de, other=0)
+        plgpu.store(out_DE.at[*at], base_de, mask=mask_de)
         return carry
 
     jax.lax.fori_loop(0, tile.blocks, copy_block, 0)
@@ -93,8 +93,7 @@ def _merge(
     pages, scale = pages_S[slot], scale_LS[layer, slot]
     layer_page = layer * (a_RD.shape[0] // PAGE_RANKS // scale_LS.shape[0])
     is_row_d, rank_r = row_d < base_DE.shape[0], jnp.arange(tile.pages * PAGE_RANKS)
-    i_e = jnp.arange(tile.block_e)
-    identity_ee = (i_e[:, None] == i_e[None, :]).astype(base_DE.dtype)
+    identity_ee = identity(tile.block_e, base_DE.dtype)
     steps = jnp.maximum(pl.cdiv(pages, tile.pages), 1)  # one copies, where there are no pages
 
     def add(i, carry):
@@ -112,24 +111,14 @@ def _merge(
         a_at, b_at = (row_r[:, None], row_d[None, :]), (row_r[:, None], column_e[None, :])
         a_rd = plgpu.load(a_RD.at[*a_at], mask=used_r[:, None] & is_row_d[None, :], other=0)
         b_re = plgpu.load(b_RE.at[*b_at], mask=used_r[:, None] & is_column_e[None, :], other=0)
-        base_de = jnp.where(k == 0, 0, base_de) + _dot(loaded_de, identity_ee, contract=(1, 0))
-        update_de = jnp.where(k == 0, 0, update_de) + _dot(a_rd, b_re, contract=(0, 0))
+        base_de = jnp.where(k == 0, 0, base_de) + dot(loaded_de, identity_ee, contract=(1, 0))
+        update_de = jnp.where(k == 0, 0, update_de) + dot(a_rd, b_re, contract=(0, 0))
         merged_de = (base_de + scale * update_de).astype(out_DE.dtype)
         plgpu.store(out_DE.at[*at], merged_de, mask=mask_de & (k == steps - 1))
         return base_de, update_de
 
     zeros_de = jnp.zeros((tile.block_d, tile.block_e), jnp.float32)
     jax.lax.fori_loop(0, tile.blocks * steps, add, (zeros_de, zeros_de))
-
-
-def _dot(a, b, *, contract: tuple[int, int]) -> jax.Array:
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((contract[0],), (contract[1],)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
 
 
 @functools.partial(jax.jit, static_argnames=("columns", "tile"), donate_argnames="merged_DE")

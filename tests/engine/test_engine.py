@@ -25,10 +25,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 TOLERANCE = 5e-4
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_left():
-    yield
-    assert_nothing_is_held()
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 
 @pytest.fixture

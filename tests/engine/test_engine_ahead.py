@@ -8,7 +8,6 @@ import pytest
 from tests.engine.engines import (
     ADAPTERS,
     answer,
-    assert_nothing_is_held,
     engine_of,
     load,
     with_images,
@@ -35,10 +34,7 @@ class Asked:
     adapter: str | None
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_left():
-    yield
-    assert_nothing_is_held()
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 
 @pytest.fixture

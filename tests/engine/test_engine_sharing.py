@@ -9,7 +9,6 @@ import pytest
 from tests.engine.engines import (
     ADAPTERS,
     answer,
-    assert_nothing_is_held,
     engine_of,
     load,
     with_images,
@@ -22,10 +21,7 @@ LORA, OTHER, VISION = "a03_all_linear_lm_r16", "a19_attn_lm_r8_b", "a05_vision_p
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_left():
-    yield
-    assert_nothing_is_held()
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from tests.engine.engines import (
     ADAPTER_INDEX,
     CONFIG,
     GOLDENS,
-    assert_nothing_is_held,
     engine_of,
     load,
 )
@@ -24,10 +23,7 @@ ALONE = sorted(
 )
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_left():
-    yield
-    assert_nothing_is_held()
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 
 def model_of(name: str = TINY, **changes) -> Model:

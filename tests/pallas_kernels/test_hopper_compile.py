@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pallas_kernels import lora_matmul as op
 from pallas_kernels.lora_matmul import tiles, tiles_linear, triton, triton_linear
 from pallas_kernels.lora_merge import lora_merge
-from tests.pallas_kernels.test_lora_lowering import LINEARS, pool_shapes
+from tests.pallas_kernels.test_lora_lowering import LINEARS, columns_of, pool_shapes
 
 # What XLA asks of a device, from a real one.
 H100 = """
@@ -67,10 +67,6 @@ def shapes_of(width, widths, rows):
         pools,
         jax.ShapeDtypeStruct((rows,), jnp.int32),
     )
-
-
-def columns_of(widths) -> tuple[int, ...]:
-    return tuple(sum(widths[:i]) for i in range(len(widths)))
 
 
 @pytest.mark.parametrize("rows", [8, 128, 640, 4096])

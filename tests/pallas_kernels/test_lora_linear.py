@@ -12,7 +12,7 @@ from pallas_kernels.lora_matmul import reference, tiles_linear, triton_linear
 from pallas_kernels.lora_matmul.tiles import ShrinkTile, block_rows
 from pallas_kernels.lora_matmul.tiles_linear import LinearTile
 from tests.pallas_kernels.hopper import interpret_kernels, launches, lower_for_hopper
-from tests.pallas_kernels.test_lora_lowering import LINEARS, pool_shapes
+from tests.pallas_kernels.test_lora_lowering import LINEARS, columns_of, pool_shapes
 from tests.pallas_kernels.test_lora_triton import CASES, FLOAT32, LAYER, TOLERANCES, make_part
 
 WIDTH, COLUMNS = 40, 48  # no block divides the width, nor the parts' 24 and 13 columns
@@ -170,7 +170,7 @@ def test_linears_that_share_an_input_are_one_launch(width, widths, rows, dtype):
             op.RowTiles.of(adapter_T, block_rows=block_rows(rows)),
             np.int32(0),
             *[jnp.zeros(1, jnp.int32)] * 2,
-            columns=tuple(sum(widths[:i]) for i in range(len(widths))),
+            columns=columns_of(widths),
             cut=cut,
         )
 

@@ -33,10 +33,16 @@ def pool_shapes(width: int, columns: int, dtype) -> op.LoraPool:
     )
 
 
+def columns_of(widths: tuple[int, ...]) -> tuple[int, ...]:
+    """First column of each linear, side by side."""
+    return tuple(sum(widths[:i]) for i in range(len(widths)))
+
+
 def lower(rows: int, width: int, widths: tuple[int, ...], *, dtype=jnp.bfloat16, layers: int = 1):
     def add(y_TE, x_TD, pools, adapter_T):
         row_tiles = op.RowTiles.of(adapter_T, block_rows=tiles.block_rows(rows))
-        parts = [op.Part(pool=pool, column=sum(widths[:i])) for i, pool in enumerate(pools)]
+        places = zip(pools, columns_of(widths), strict=True)
+        parts = [op.Part(pool=pool, column=column) for pool, column in places]
         for layer in range(layers):
             y_TE = op.lora_matmul(
                 y_TE, x_TD, parts, tiles=row_tiles, layer=layer, implementation="triton"

@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 
-from valora_jax.engine.buckets import MAX_CHUNKS, Buckets
+from valora_jax.engine.buckets import MAX_CHUNKS, Buckets, default_step_tokens
 from valora_jax.engine.costs import Mode, StepLoad, StepTimes
 from valora_jax.engine.orchestrator import Orchestrator
 from valora_jax.engine.rounds import (
@@ -82,9 +82,13 @@ class Device:
 
 
 def step_limits(
-    *, max_requests: int = 32, max_tokens_per_step: int = 1280, tokens_per_image: int = 576
+    *, max_requests: int = 32, max_tokens_per_step: int | None = None, tokens_per_image: int = 576
 ) -> StepLimits:
-    """Those of an engine on an accelerator with these sizes."""
+    """Those of an engine on an accelerator with these sizes, by default the usual ones."""
+    if max_tokens_per_step is None:
+        max_tokens_per_step = default_step_tokens(
+            max_requests=max_requests, tokens_per_image=tokens_per_image
+        )
     buckets = Buckets(
         max_requests=max_requests,
         max_tokens_per_step=max_tokens_per_step,

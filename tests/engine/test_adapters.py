@@ -11,6 +11,7 @@ from valora_jax.engine.request import Request
 from valora_jax.engine.sampling_params import SamplingParams
 from valora_jax.errors import AdapterError, AdapterNotFoundError
 from valora_jax.lora.host_store import AdapterRef
+from valora_jax.lora.read import read_adapter
 from valora_jax.models import read_spec
 from valora_jax.models.loading import read_config
 
@@ -134,6 +135,27 @@ def test_an_unloaded_adapter_finishes_and_then_leaves_the_device():
     adapters.release(user)
     adapters.let_go(user.adapter)
     assert (adapters.infos(), adapters._residency._residents) == ([], {})
+
+
+def test_a_version_says_where_it_is_and_what_it_takes():
+    adapters = adapters_of(max_adapters=1)
+    ref, other = (adapters.load(name, ADAPTERS / name).ref for name in (A, "a06_qv_r64"))
+    assert adapters.pages(other) == {"decoder.q": 4, "decoder.v": 4}
+    assert adapters.slot_of(ref) is None
+    user = request_of(ref)
+    adapters.acquire(user)
+    adapters.release(user)
+    assert (adapters.slot_of(ref), adapters.uploads) == (0, 1)  # unused, but still there
+    assert adapters.acquire(request_of(other))
+    assert (adapters.slot_of(ref), adapters.slot_of(other), adapters.uploads) == (None, 0, 2)
+
+
+def test_adapters_need_no_folder():
+    adapters = adapters_of()
+    adapter = read_adapter(ADAPTERS / A, name="made", target=TARGET)
+    info = adapters.register(adapter)
+    assert adapters.infos() == [info]
+    assert adapters.acquire(request_of(adapters.hold("made")))
 
 
 def test_what_can_never_be_placed_is_refused_with_every_reason():

@@ -82,6 +82,7 @@ class EngineAdapters:
         self._task_heads = TaskHeadPool(target, slots=slots, max_classes=config.max_classes)
         self._slot_of: dict[Request, int] = {}
         self._failures: list[tuple[Request, Exception]] = []
+        self._uploads = 0
         self._needs: dict[AdapterRef, Mapping[str, int]] = {}
         self._classes: dict[AdapterRef, int] = {}
 
@@ -109,12 +110,40 @@ class EngineAdapters:
           NotImplementedError: it is of a kind that is not served.
           TensorFileError: its file is damaged.
         """
-        return self._register(self._read(folder, name), path=folder)
+        return self.register(self._read(folder, name), path=folder)
+
+    def register(self, adapter: Adapter, *, path: Path | None = None) -> AdapterInfo:
+        """Gives an adapter's name this new version.
+
+        Args:
+          adapter: one that does not need the base any more.
+          path: the folder that it can be read from again; without one it stays in memory.
+
+        Raises:
+          AdapterError: it is too large for the device's pool.
+          OutOfCapacityError: too many adapters without a folder are in memory.
+        """
+        need = pages_needed(adapter)
+        faults = [
+            *self._residency.refusals(need),
+            *self._pool.refusals(adapter),
+            *self._task_heads.refusals(adapter),
+        ]
+        if faults:
+            raise AdapterError(adapter.name, faults)
+        ref = self._store.register(adapter, path=path)
+        self._needs[ref] = need
+        if adapter.task_head is not None:
+            self._classes[ref] = adapter.task_head.weight_CD.shape[0]
+        known = {info.ref: info for info in self._store.list_adapters()}
+        for old in self._needs.keys() - known.keys():
+            self._forget(old)
+        return known[ref]
 
     def combine(self, name: str, parts: Mapping[str, float], *, kind: Kind) -> AdapterInfo:
         """Makes an adapter of loaded ones; see `lora.combine.combine`."""
         adapters = [(self._store.get(self._store.resolve(p)), w) for p, w in parts.items()]
-        return self._register(combine(name, adapters, kind=kind), path=None)
+        return self.register(combine(name, adapters, kind=kind))
 
     def unload(self, name: str) -> None:
         """Takes the name away at once; requests that use the version finish on it."""
@@ -160,6 +189,7 @@ class EngineAdapters:
                 return False
             for part in (self._pool, self._heads, self._task_heads):
                 part.upload(adapter, placement)
+            self._uploads += 1
         self._slot_of[request] = placement.slot
         return True
 
@@ -176,6 +206,14 @@ class EngineAdapters:
     def slot(self, request: Request) -> int:
         """The adapter slot of a running request, -1 for the base model."""
         return self._slot_of[request]
+
+    def slot_of(self, ref: AdapterRef) -> int | None:
+        """The slot of a version whose arrays are on the device, whether it is in use or not."""
+        return self._residency.slot_of(ref)
+
+    def pages(self, ref: AdapterRef) -> Mapping[str, int]:
+        """Site -> pages of the device's pool that a loaded version takes."""
+        return self._needs[ref]
 
     def changes_vision(self, ref: AdapterRef) -> bool:
         return any(_in_vision(site) for site in self._needs[ref])
@@ -196,6 +234,11 @@ class EngineAdapters:
         return self._task_heads.heads
 
     @property
+    def uploads(self) -> int:
+        """How often a version was written to the device."""
+        return self._uploads
+
+    @property
     def placed(self) -> int:
         """Versions on the device that some request uses."""
         return self._residency.in_use
@@ -203,24 +246,6 @@ class EngineAdapters:
     def _read(self, folder: Path, name: str) -> Adapter:
         adapter = read_adapter(folder, name=name, target=self._target)
         return with_base(adapter, linear_of=self._linear_of, head_VD=self._head_VD)
-
-    def _register(self, adapter: Adapter, *, path: Path | None) -> AdapterInfo:
-        need = pages_needed(adapter)
-        faults = [
-            *self._residency.refusals(need),
-            *self._pool.refusals(adapter),
-            *self._task_heads.refusals(adapter),
-        ]
-        if faults:
-            raise AdapterError(adapter.name, faults)
-        ref = self._store.register(adapter, path=path)
-        self._needs[ref] = need
-        if adapter.task_head is not None:
-            self._classes[ref] = adapter.task_head.weight_CD.shape[0]
-        known = {info.ref: info for info in self._store.list_adapters()}
-        for old in self._needs.keys() - known.keys():
-            self._forget(old)
-        return known[ref]
 
     def _forget_if_gone(self, ref: AdapterRef) -> None:
         if ref not in {info.ref for info in self._store.list_adapters()}:

@@ -54,6 +54,10 @@ class Residency:
     def __contains__(self, ref: AdapterRef) -> bool:
         return ref in self._residents
 
+    def slot_of(self, ref: AdapterRef) -> int | None:
+        """The slot of a version that is on the device; None for others."""
+        return None if (resident := self._residents.get(ref)) is None else resident.slot
+
     @property
     def in_use(self) -> int:
         """Versions that somebody uses."""

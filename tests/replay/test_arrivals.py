@@ -9,11 +9,15 @@ from valora_jax.replay.arrivals import (
     VIDEO_ANALYTICS,
     Arrival,
     Lengths,
+    at_once,
     make_trace,
     read_traces,
     skewed,
+    without_adapters,
     zipf,
 )
+
+ONE_TOKEN = Lengths(images=0, text=(1, 1), output=(1, 1))
 
 
 def gaps_of(trace: list[Arrival]) -> list[float]:
@@ -45,6 +49,12 @@ def test_adapters_and_lengths_are_drawn_as_asked():
     assert shares[0] / 5000 == pytest.approx(0.7, abs=0.03)
     assert {arrival.output_tokens for arrival in trace} == set(range(5, 11))
     assert all(3476 <= arrival.prompt_tokens <= 3536 for arrival in trace)
+    assert {arrival.images for arrival in trace} == {6}
+
+
+def test_an_image_takes_what_the_model_says():
+    small = make_trace([1.0], rate=1.0, requests=9, lengths=VIDEO_ANALYTICS, image_tokens=4)
+    assert all(6 * 4 + 20 <= arrival.prompt_tokens <= 6 * 4 + 80 for arrival in small)
 
 
 def test_a_seed_gives_the_same_requests_at_any_rate():
@@ -56,11 +66,32 @@ def test_a_seed_gives_the_same_requests_at_any_rate():
 
 def test_every_wrong_number_is_named():
     with pytest.raises(ValueError, match=r"(?s)rate=0 must be positive.*cv=-1 must be positive"):
-        make_trace([1.0], rate=0, requests=1, cv=-1, lengths=Lengths(prompt=(1, 1), output=(1, 1)))
+        make_trace([1.0], rate=0, requests=1, cv=-1, lengths=ONE_TOKEN)
 
 
 def test_traces_are_read_from_json(tmp_path):
     path = tmp_path / "traces.json"
     path.write_text(json.dumps({"slow": [{"t": 0.5, "adapter": 3, "text": 40, "out": 16}]}))
     [arrival] = read_traces(path, image_tokens=576)["slow"]
-    assert arrival == Arrival(at_s=0.5, adapter=3, prompt_tokens=616, output_tokens=16)
+    assert arrival == Arrival(at_s=0.5, adapter=3, prompt_tokens=616, output_tokens=16, images=1)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"slow": [1]}', '{"slow": [{"t": 0}]}', '{"a": [{"t": "x", "adapter": 1}]}']
+)
+def test_a_file_of_something_else_is_one_message(tmp_path, text):
+    path = tmp_path / "traces.json"
+    path.write_text(text)
+    with pytest.raises(
+        ValueError, match=r"traces\.json holds no traces: .*; want JSON of the form"
+    ):
+        read_traces(path)
+
+
+def test_a_trace_can_come_at_once_and_without_adapters():
+    trace = make_trace(zipf(4, 1.0), rate=2.0, requests=20)
+    offered, bare = at_once(trace), without_adapters(trace)
+    assert {arrival.at_s for arrival in offered} == {0.0}
+    assert {arrival.adapter for arrival in bare} == {None}
+    assert [a.output_tokens for a in offered] == [a.output_tokens for a in trace]
+    assert [(a.at_s, a.prompt_tokens) for a in bare] == [(a.at_s, a.prompt_tokens) for a in trace]

@@ -23,7 +23,7 @@ KINDS = {"retrieval": (VISUAL_RETRIEVAL, 60), "video": (VIDEO_ANALYTICS, 200)}
 
 def replay(trace, policy: str) -> Report:
     run = Simulation(trace, make_policy(policy, max_wait_s=0.5), device=DEVICE, limits=LIMITS)
-    return report(run.run())
+    return report(run.run().outcome())
 
 
 @pytest.mark.parametrize(("lengths", "requests"), KINDS.values(), ids=KINDS.keys())

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from valora_jax.engine.costs import Mode, StepTimes
+from valora_jax.engine.costs import Mode, StepCosts, StepLoad, StepTimes
 from valora_jax.engine.policies import Merged, Unmerged, make_policy
 from valora_jax.engine.rounds import AdapterTraits
 from valora_jax.replay.arrivals import Arrival, make_trace, skewed
@@ -107,6 +107,34 @@ def test_capacity_is_what_saturated_unmerged_steps_serve():
         run = Simulation(at_once, Unmerged(), traits=traits).run()
         rate = capacity(trace, device=Device(), limits=step_limits(), traits=traits)
         assert len(trace) / run.now_s == pytest.approx(rate, rel=0.15)
+
+
+def test_a_device_can_take_what_an_engine_has_learnt():
+    costs = StepCosts(merge_ms=7.0)
+    load = StepLoad(
+        bucket=None, mode=Mode.UNMERGED, decodes=4, prompt_tokens=0, pages=0.0, token_pages=0.0
+    )
+    for _ in range(100):
+        costs.observe(load, 40.0)
+    device = Device.learnt(costs)
+    for _ in range(100):
+        costs.observe(load, 80.0)  # the engine goes on; the device stays as it was
+    assert device.times.of(load) == pytest.approx(40, rel=0.01)
+    assert device.merge_ms == 7.0
+
+
+def test_a_policy_can_know_the_device_from_the_start():
+    trace = [arrival(adapter=1), arrival(adapter=2)]
+    costs = StepCosts(ROUND.times)
+    run = Simulation(trace, Unmerged(), device=ROUND, limits=LIMITS, costs=costs)
+    assert run.run().orchestrator.costs is costs
+
+
+def test_an_outcome_has_all_requests_and_steps():
+    run = run_of(arrival(), arrival(0.001))
+    outcome = run.outcome()
+    assert [s.finished_s for s in outcome.served] == [r.finished_s for r in run.requests]
+    assert sum(step.ms for step in outcome.steps) == pytest.approx(1e3 * run.now_s)
 
 
 def test_capacity_without_adapters_is_the_largest():

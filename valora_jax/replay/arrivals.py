@@ -1,10 +1,14 @@
-"""Traces: which requests come when. Made from a seed, or read from a file."""
+"""Traces: which requests come when. Made from a seed, or read from a file.
+
+A trace is a list of arrivals in order of time; adapters in it are numbers from 0.
+"""
 
 import dataclasses
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,25 +20,36 @@ class Arrival:
       adapter: its number, or None for the base model.
       prompt_tokens: of text and images together.
       output_tokens: of its answer, whose end token is ignored.
+      images: in the prompt, each seen for the first time.
     """
 
     at_s: float
     adapter: int | None
     prompt_tokens: int
     output_tokens: int
+    images: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Lengths:
-    """Tokens of a kind of request, each uniform between two bounds, both included."""
+    """Sizes of a kind of request.
 
-    prompt: tuple[int, int]
+    Attributes:
+      images: in each prompt.
+      text: tokens of the prompt besides its images, uniform between two bounds, both included.
+      output: tokens of the answer, likewise.
+    """
+
+    images: int
+    text: tuple[int, int]
     output: tuple[int, int]
 
 
-# The paper's two applications, at 576 tokens an image. A few outputs a frame are a class or a box.
-VISUAL_RETRIEVAL = Lengths(prompt=(676, 876), output=(100, 300))
-VIDEO_ANALYTICS = Lengths(prompt=(3476, 3536), output=(5, 10))
+IMAGE_TOKENS = 576  # of LLaVA-1.5
+
+# The paper's two applications. The few outputs for some frames are a class or a box.
+VISUAL_RETRIEVAL = Lengths(images=1, text=(100, 300), output=(100, 300))
+VIDEO_ANALYTICS = Lengths(images=6, text=(20, 80), output=(5, 10))
 
 
 def skewed(adapters: int, share: float) -> list[float]:
@@ -59,6 +74,7 @@ def make_trace(
     rate: float,
     requests: int,
     lengths: Lengths = VISUAL_RETRIEVAL,
+    image_tokens: int = IMAGE_TOKENS,
     cv: float = 1.0,
     seed: int = 0,
 ) -> list[Arrival]:
@@ -69,6 +85,7 @@ def make_trace(
       rate: requests a second, on average.
       requests: how many.
       lengths: of prompts and answers.
+      image_tokens: what an image takes of a prompt.
       cv: standard deviation of the gaps in units of their mean; 1 is Poisson, more is bursty.
       seed: equal seeds give equal traces, whatever the rate, apart from the scale of time.
 
@@ -92,28 +109,52 @@ def make_trace(
             Arrival(
                 at_s=now_s,
                 adapter=adapter,
-                prompt_tokens=rng.randint(*lengths.prompt),
+                prompt_tokens=lengths.images * image_tokens + rng.randint(*lengths.text),
                 output_tokens=rng.randint(*lengths.output),
+                images=lengths.images,
             )
         )
     return trace
 
 
-def read_traces(path: Path, *, image_tokens: int) -> dict[str, list[Arrival]]:
+def read_traces(path: Path, *, image_tokens: int = IMAGE_TOKENS) -> dict[str, list[Arrival]]:
     """Reads named traces from JSON: lists of `{"t": s, "adapter": i, "text": n, "out": n}`.
 
-    Every request brings one image of `image_tokens` besides its text.
+    Every request brings one image of `image_tokens` besides its text; an adapter may be null.
+
+    Raises:
+      ValueError: the file holds something else.
+      OSError: it cannot be read.
     """
-    traces = json.loads(path.read_text(encoding="utf-8"))
-    return {
-        name: [
-            Arrival(
-                at_s=row["t"],
-                adapter=row["adapter"],
-                prompt_tokens=row["text"] + image_tokens,
-                output_tokens=row["out"],
-            )
-            for row in rows
-        ]
-        for name, rows in traces.items()
-    }
+    try:
+        traces = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            name: sorted((_arrival(row, image_tokens) for row in rows), key=lambda a: a.at_s)
+            for name, rows in traces.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds no traces: {type(error).__name__}: {error}; want JSON of the form "
+            '{"name": [{"t": 0.5, "adapter": 0, "text": 40, "out": 16}, ...], ...}'
+        ) from error
+
+
+def _arrival(row: Mapping[str, Any], image_tokens: int) -> Arrival:
+    adapter = row["adapter"]
+    return Arrival(
+        at_s=float(row["t"]),
+        adapter=None if adapter is None else int(adapter),
+        prompt_tokens=int(row["text"]) + image_tokens,
+        output_tokens=int(row["out"]),
+        images=1,
+    )
+
+
+def at_once(trace: Iterable[Arrival]) -> list[Arrival]:
+    """The same requests, all there at the start."""
+    return [dataclasses.replace(arrival, at_s=0.0) for arrival in trace]
+
+
+def without_adapters(trace: Iterable[Arrival]) -> list[Arrival]:
+    """The same requests, all to the base model: what no policy can beat."""
+    return [dataclasses.replace(arrival, adapter=None) for arrival in trace]

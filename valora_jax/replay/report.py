@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 
-from valora_jax.replay.simulation import Simulation
+from valora_jax.replay.outcome import Outcome, Served
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,28 +17,65 @@ class Spread:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Slo:
+    """What a request must meet to count as good, in milliseconds.
+
+    Attributes:
+      ttft_ms: most until the first token.
+      tpot_ms: most from token to token after that, on average.
+    """
+
+    ttft_ms: float = 500.0
+    tpot_ms: float = 50.0
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_ms", "tpot_ms"):
+            if (value := getattr(self, name)) <= 0:
+                raise ValueError(f"the objective {name}={value} must be positive")
+
+    def met(self, served: Served) -> bool:
+        """Whether a request that ended was served in time."""
+        first_ms, next_ms = _first_token_ms(served), _next_token_ms(served)
+        return first_ms <= self.ttft_ms and (next_ms is None or next_ms <= self.tpot_ms)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """Figures of one replay; `dataclasses.asdict` makes a line of JSON of it.
 
     Attributes:
+      requests: that ended; only they count in what follows.
+      unserved: that did not.
       token_ms: a request's time from arrival to end, by its output tokens.
       paper_token_ms: the same by prompt and output tokens, the metric of the paper.
-      first_token_ms: from arrival.
+      first_token_ms: from arrival; TTFT.
+      next_token_ms: from the first token to the last, by the tokens after the first; TPOT. None
+        where no answer has two.
       wait_ms: from arrival to the first step that serves it.
-      tokens_per_s: output tokens, from the first arrival to the last end.
+      seconds: from the first arrival to the last end.
+      tokens_per_s: output tokens in these seconds.
+      requests_per_s: requests in these seconds.
+      goodput_per_s: of them, those that met the objective.
       mode_s: seconds of steps in each mode.
-      switches: merges begun.
-      interrupted: merges of those that did not become whole.
+      switches, interrupted, refused, uploads: see `Outcome`.
     """
 
+    requests: int
+    unserved: int
     token_ms: Spread
     paper_token_ms: Spread
     first_token_ms: Spread
+    next_token_ms: Spread | None
     wait_ms: Spread
+    seconds: float
     tokens_per_s: float
+    requests_per_s: float
+    goodput_per_s: float
     mode_s: dict[str, float]
     switches: int
     interrupted: int
+    refused: int
+    uploads: int
 
 
 def spread(values: Iterable[float]) -> Spread:
@@ -53,30 +90,60 @@ def spread(values: Iterable[float]) -> Spread:
     )
 
 
-def report(simulation: Simulation) -> Report:
-    """Of a simulation that ran to its end; requests that were aborted do not count."""
-    token_ms, paper_token_ms, first_token_ms, wait_ms = [], [], [], []
-    tokens, start_s, end_s = 0, float("inf"), 0.0
-    for request in simulation.requests:
-        arrival = request.arrival
-        if request.finished_s is None or request.first_token_s is None:
-            continue
-        assert request.admitted_s is not None
-        total_ms = 1e3 * (request.finished_s - arrival.at_s)
-        token_ms.append(total_ms / arrival.output_tokens)
-        paper_token_ms.append(total_ms / (arrival.prompt_tokens + arrival.output_tokens))
-        first_token_ms.append(1e3 * (request.first_token_s - arrival.at_s))
-        wait_ms.append(1e3 * (request.admitted_s - arrival.at_s))
-        tokens += arrival.output_tokens
-        start_s, end_s = min(start_s, arrival.at_s), max(end_s, request.finished_s)
-    orchestrator = simulation.orchestrator
+def report(outcome: Outcome, slo: Slo | None = None) -> Report:
+    """Figures of a replay; `Slo()` where no objective is given.
+
+    Raises:
+      ValueError: no request ended.
+    """
+    slo = slo or Slo()
+    served = [s for s in outcome.served if s.finished_s is not None]
+    if not served:
+        raise ValueError(f"none of {len(outcome.served)} requests ended, so there is no latency")
+    seconds = max(_ended_s(s) for s in served) - min(s.arrival.at_s for s in served)
+    gaps_ms = [gap for s in served if (gap := _next_token_ms(s)) is not None]
     return Report(
-        token_ms=spread(token_ms),
-        paper_token_ms=spread(paper_token_ms),
-        first_token_ms=spread(first_token_ms),
-        wait_ms=spread(wait_ms),
-        tokens_per_s=tokens / (end_s - start_s),
-        mode_s={mode.value: seconds for mode, seconds in orchestrator.seconds.items()},
-        switches=orchestrator.switches,
-        interrupted=orchestrator.interrupted,
+        requests=len(served),
+        unserved=len(outcome.served) - len(served),
+        token_ms=spread(_total_ms(s) / s.arrival.output_tokens for s in served),
+        paper_token_ms=spread(
+            _total_ms(s) / (s.arrival.prompt_tokens + s.arrival.output_tokens) for s in served
+        ),
+        first_token_ms=spread(map(_first_token_ms, served)),
+        next_token_ms=spread(gaps_ms) if gaps_ms else None,
+        wait_ms=spread(map(_wait_ms, served)),
+        seconds=seconds,
+        tokens_per_s=sum(s.arrival.output_tokens for s in served) / seconds,
+        requests_per_s=len(served) / seconds,
+        goodput_per_s=sum(map(slo.met, served)) / seconds,
+        mode_s={mode.value: mode_s for mode, mode_s in outcome.mode_s().items()},
+        switches=outcome.switches,
+        interrupted=outcome.interrupted,
+        refused=outcome.refused,
+        uploads=outcome.uploads,
     )
+
+
+def _ended_s(served: Served) -> float:
+    assert served.finished_s is not None  # the caller asks of those that ended only
+    return served.finished_s
+
+
+def _total_ms(served: Served) -> float:
+    return 1e3 * (_ended_s(served) - served.arrival.at_s)
+
+
+def _first_token_ms(served: Served) -> float:
+    assert served.first_token_s is not None  # it ended
+    return 1e3 * (served.first_token_s - served.arrival.at_s)
+
+
+def _next_token_ms(served: Served) -> float | None:
+    if (following := served.arrival.output_tokens - 1) == 0:
+        return None
+    return (_total_ms(served) - _first_token_ms(served)) / following
+
+
+def _wait_ms(served: Served) -> float:
+    assert served.admitted_s is not None  # it ended
+    return 1e3 * (served.admitted_s - served.arrival.at_s)

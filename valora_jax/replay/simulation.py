@@ -6,13 +6,15 @@ times, which start from a guess and follow the device's as in the engine.
 """
 
 import collections
+import copy
 import dataclasses
 import math
 import random
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from valora_jax.engine.buckets import MAX_CHUNKS, Buckets, default_step_tokens
-from valora_jax.engine.costs import Mode, StepLoad, StepTimes
+from valora_jax.engine.costs import Mode, StepCosts, StepLoad, StepTimes
 from valora_jax.engine.orchestrator import Orchestrator
 from valora_jax.engine.rounds import (
     Adapter,
@@ -23,6 +25,7 @@ from valora_jax.engine.rounds import (
     plan_step,
 )
 from valora_jax.replay.arrivals import Arrival
+from valora_jax.replay.outcome import Outcome, RanStep, Served
 
 RANK_64 = AdapterTraits(pages=4.0)
 
@@ -66,6 +69,24 @@ class Step:
     requests: tuple[SimulatedRequest, ...]
 
 
+class Times(Protocol):
+    """What steps take: `StepTimes`, or `LearntTimes`."""
+
+    def of(self, load: StepLoad) -> float:
+        """Milliseconds of a step."""
+        ...
+
+
+class LearntTimes:
+    """What an engine has learnt of its steps until now."""
+
+    def __init__(self, costs: StepCosts):
+        self._costs = copy.deepcopy(costs)  # the engine goes on learning
+
+    def of(self, load: StepLoad) -> float:
+        return self._costs.estimate_ms(load)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
     """What the simulated device takes.
@@ -76,9 +97,14 @@ class Device:
       noise: standard deviation of a step's time, as a share of it.
     """
 
-    times: StepTimes = dataclasses.field(default_factory=StepTimes)
+    times: Times = dataclasses.field(default_factory=StepTimes)
     merge_ms: float = 10.0
     noise: float = 0.0
+
+    @classmethod
+    def learnt(cls, costs: StepCosts) -> "Device":
+        """The device that an engine runs on, as it knows it now."""
+        return cls(times=LearntTimes(costs), merge_ms=costs.merge_ms)
 
 
 def step_limits(
@@ -120,6 +146,7 @@ class Simulation:
         device: Device | None = None,
         limits: StepLimits | None = None,
         traits: Callable[[Adapter], AdapterTraits] = lambda _: RANK_64,
+        costs: StepCosts | None = None,
         seed: int = 0,
     ):
         """Prepares a run.
@@ -130,12 +157,13 @@ class Simulation:
           device: an H100 with LLaVA-1.5-7B by default.
           limits: 32 requests and 1,280 tokens a step by default.
           traits: of each adapter; rank 64 everywhere by default.
+          costs: what the policy knows of the device at first, not copied; a guess by default.
           seed: of the device's noise.
         """
         self._device, self._limits = device or Device(), limits or step_limits()
         self._traits = traits
         self._rng = random.Random(seed)
-        self.orchestrator = Orchestrator(policy, limits=self._limits, traits=traits)
+        self.orchestrator = Orchestrator(policy, limits=self._limits, traits=traits, costs=costs)
         self.requests = [
             SimulatedRequest(
                 arrival=arrival, waiting_since_s=arrival.at_s, remaining=arrival.prompt_tokens
@@ -146,7 +174,7 @@ class Simulation:
         self._coming = collections.deque(self.requests)
         self._waiting: list[SimulatedRequest] = []
         self._running: list[SimulatedRequest] = []
-        self._merged_ms = 0.0  # of the merge under way
+        self._steps: list[RanStep] = []
 
     def run(self) -> "Simulation":
         """Runs to the end of the last answer."""
@@ -174,6 +202,7 @@ class Simulation:
         self.now_s += ms / 1e3
         self._take(plan)
         self.orchestrator.observe(load, ms)
+        self._steps.append(RanStep(start_s=start_s, ms=ms, mode=load.mode))
         if decision.merge is not None:
             self._merge(decision.merge)
         return Step(
@@ -182,6 +211,23 @@ class Simulation:
             decision=decision,
             mode=load.mode,
             requests=tuple(request for request, _ in plan),
+        )
+
+    def outcome(self) -> Outcome:
+        """What became of the trace so far."""
+        return Outcome(
+            served=[
+                Served(
+                    arrival=request.arrival,
+                    admitted_s=request.admitted_s,
+                    first_token_s=request.first_token_s,
+                    finished_s=request.finished_s,
+                )
+                for request in self.requests
+            ],
+            steps=self._steps,
+            switches=self.orchestrator.switches,
+            interrupted=self.orchestrator.interrupted,
         )
 
     def abort(self, adapter: Adapter) -> None:
@@ -241,29 +287,37 @@ def capacity(
     Args:
       trace: its rate does not matter.
       device: what steps take.
-      limits: how many rows are full.
+      limits: how many rows are full, and how much of a prompt a step computes.
       traits: of adapters; None asks for the capacity without adapters.
     """
-    rows, times = limits.max_requests, device.times
-    counts = collections.Counter(arrival.adapter for arrival in trace)
+    rows, chunk = limits.max_requests, max(limits.max_tokens_per_step - limits.max_requests, 1)
     pages = {
-        adapter: traits(adapter).pages if traits is not None and adapter is not None else 0.0
-        for adapter in counts
+        arrival.adapter: traits(arrival.adapter).pages
+        if traits is not None and arrival.adapter is not None
+        else 0.0
+        for arrival in trace
     }
+    counts = collections.Counter(arrival.adapter for arrival in trace)
     share = {adapter: count / len(trace) for adapter, count in counts.items()}
-    full = StepLoad(
-        bucket=None,
-        mode=Mode.UNMERGED,
-        decodes=rows,
-        prompt_tokens=0,
-        pages=sum(pages[a] * (1 - (1 - share[a]) ** rows) for a in counts),
-        token_pages=rows * sum(pages[a] * share[a] for a in counts),
-    )
-    decode_ms = times.of(full) / rows
+
+    def step_ms(prompt_tokens: int, prompt_pages: float) -> float:
+        """Of full rows that decode beside so much of a prompt."""
+        load = StepLoad(
+            bucket=limits.bucket(rows, prompt_tokens),
+            mode=Mode.UNMERGED,
+            decodes=rows,
+            prompt_tokens=prompt_tokens,
+            pages=sum(pages[a] * (1 - (1 - share[a]) ** rows) for a in counts),
+            token_pages=rows * sum(pages[a] * share[a] for a in counts)
+            + prompt_tokens * prompt_pages,
+        )
+        return device.times.of(load)
+
+    decodes_ms = step_ms(0, 0.0)
+    prompt_ms = {adapter: (step_ms(chunk, p) - decodes_ms) / chunk for adapter, p in pages.items()}
     work_ms = sum(
-        arrival.output_tokens * decode_ms
-        + arrival.prompt_tokens
-        * (times.prompt_token_ms + times.token_page_ms * pages[arrival.adapter])
+        arrival.output_tokens * decodes_ms / rows
+        + arrival.prompt_tokens * prompt_ms[arrival.adapter]
         for arrival in trace
     )
     return 1e3 * len(trace) / work_ms

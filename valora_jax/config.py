@@ -6,6 +6,8 @@ from typing import Literal
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Kernels = Literal["auto", "triton", "xla"]
+PolicyName = Literal["valora", "unmerged", "merged", "dlora"]
+Merge = Literal["copy", "off"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +41,13 @@ class EngineConfig:
       max_replaced_heads: adapters on the device that bring a whole `lm_head`.
       max_classes: outputs of the largest task head; 0 takes no task heads.
       host_adapter_bytes: adapters kept in host memory; others are read again when needed.
+      policy: who chooses how steps use adapters, see docs/modes.md. "valora" folds a hot adapter
+        into the weights while that pays, "unmerged" never does; "merged" serves one adapter at a
+        time, "dlora" follows dLoRA: these two are for comparison.
+      max_wait_s: how long a policy may hold back a request, until its first token and from token
+        to token.
+      merge: "copy" keeps a second copy of the decoder's linears to fold adapters into, if it leaves
+        at least half of the key-value cache; "off" saves its memory, and no step is merged then.
       compile_cache: folder for compiled steps, so that the next start is quick; None compiles anew.
       warm_up: compile every step's shape at the start. Without it a shape compiles when first met.
       seed: of requests that bring none.
@@ -65,6 +74,9 @@ class EngineConfig:
     max_replaced_heads: int = 0
     max_classes: int = 128
     host_adapter_bytes: int = 16 * 2**30
+    policy: PolicyName = "valora"
+    max_wait_s: float = 0.5
+    merge: Merge = "copy"
     compile_cache: Path | None = Path("~/.cache/valora_jax/compiled")
     warm_up: bool = True
     seed: int = 0
@@ -92,6 +104,10 @@ class EngineConfig:
             for name, low in least.items()
             if values[name] is not None and values[name] < low
         ]
+        if self.max_wait_s <= 0:
+            faults.append(
+                f"max_wait_s={self.max_wait_s} must be positive: a step takes time itself"
+            )
         if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
             faults.append(f"memory_fraction={self.memory_fraction} is not in (0, 1]")
         if self.max_tokens_per_step is not None and self.max_requests > self.max_tokens_per_step:

@@ -27,8 +27,8 @@ def lora_merge(
     base_DE: jax.Array,
     parts: Sequence[Part],
     *,
-    layer: int,
-    slot: int,
+    layer: int | jax.Array,
+    slot: int | jax.Array,
     implementation: Implementation,
     tile: MergeTile | None = None,
 ) -> jax.Array:
@@ -40,7 +40,8 @@ def lora_merge(
       base_DE: `[D, E]` base weights of the parts side by side, same dtype.
       parts: pools and first columns, in ascending order. Columns of no part, and those of parts
         of which the slot has no pages, are copied.
-      layer: which layer's rows of each page to use, in `[0, layers)`.
+      layer: which layer's rows of each page to use, in `[0, layers)`. Values on the device, of this
+        and of `slot`, are not checked.
       slot: whose adapter to fold in, in `[0, slots)`.
       implementation: "triton" for NVIDIA GPUs, "xla" anywhere.
       tile: shape of the "triton" kernel's blocks; `default_tile` if None.
@@ -65,7 +66,8 @@ def lora_merge(
                 f"{array.dtype} is not merged; convert to bfloat16, float16 or float32"
             )
     pools, columns = tuple(p.pool for p in parts), tuple(p.column for p in parts)
-    args = (merged_DE, base_DE, pools, np.int32(layer), np.int32(slot))
+    at = (x if isinstance(x, jax.Array) else np.int32(x) for x in (layer, slot))
+    args = (merged_DE, base_DE, pools, *at)
     match implementation:
         case "xla":
             return xla.lora_merge(*args, columns=columns)
@@ -74,15 +76,21 @@ def lora_merge(
     raise ValueError(f"unknown implementation {implementation!r}; known: 'triton', 'xla'")
 
 
-def _check_parts(shape: tuple[int, ...], parts: Sequence[Part], *, layer: int, slot: int) -> None:
+def _check_parts(
+    shape: tuple[int, ...],
+    parts: Sequence[Part],
+    *,
+    layer: int | jax.Array,
+    slot: int | jax.Array,
+) -> None:
     (D, E), free = shape, 0
     for part in parts:
         (layers, slots), width = part.pool.scale_LS.shape, part.pool.a_RD.shape[1]
         if width != D:
             raise ValueError(f"pool is for inputs of width {width}, base_DE has {D}")
-        if not 0 <= layer < layers:
+        if isinstance(layer, int) and not 0 <= layer < layers:
             raise ValueError(f"layer={layer} is not in [0, {layers})")
-        if not 0 <= slot < slots:
+        if isinstance(slot, int) and not 0 <= slot < slots:
             raise ValueError(f"slot={slot} is not in [0, {slots})")
         stop = part.column + part.pool.b_RE.shape[1]
         if not free <= part.column <= stop <= E:

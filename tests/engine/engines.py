@@ -37,6 +37,7 @@ CONFIG = EngineConfig(
     max_replaced_heads=1,
     max_classes=8,
     compile_cache=None,
+    policy="unmerged",  # others choose by times, which differ from run to run
 )
 _ENGINES: list[Engine] = []
 

@@ -10,8 +10,9 @@ import dataclasses
 import zlib
 
 from valora_jax.engine.kv_blocks import SCRATCH_PAGE
+from valora_jax.engine.plan import Chunk, Plan
 from valora_jax.engine.request import Request
-from valora_jax.engine.scheduler import Chunk, Plan, Scheduler
+from valora_jax.engine.scheduler import Scheduler
 
 END_TOKEN = 0
 VOCABULARY = 5

@@ -13,10 +13,11 @@ from valora_jax.engine.answer import Answer
 from valora_jax.engine.core import EngineCore, Job
 from valora_jax.engine.image_cache import ImageCache
 from valora_jax.engine.kv_blocks import KVBlocks
+from valora_jax.engine.plan import Folded, Plan
 from valora_jax.engine.request import Request
 from valora_jax.engine.runner import InFlight
 from valora_jax.engine.sampling_params import SamplingParams
-from valora_jax.engine.scheduler import Plan, Scheduler
+from valora_jax.engine.scheduler import Scheduler
 from valora_jax.media.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.from_folder(GOLDENS / "checkpoints" / "llava15-tiny")
@@ -33,6 +34,9 @@ class Later:
     done_ms: float
     token_S: np.ndarray
 
+    def is_ready(self) -> bool:
+        return self.runner.now_ms >= self.done_ms
+
     def to_numpy(self) -> "Later":
         self.runner.now_ms = max(self.runner.now_ms, self.done_ms)
         self.runner.unread -= 1
@@ -44,6 +48,7 @@ class TimedRunner:
     """Steps in simulated time: enqueueing keeps the host busy, computing the device."""
 
     device: SimulatedDevice
+    traces: int = 0
     steps: int = 0
     unread: int = 0
     now_ms: float = 0.0
@@ -53,7 +58,8 @@ class TimedRunner:
     def encode(self, images: list) -> None:
         assert images == []
 
-    def execute(self, plan: Plan) -> InFlight:
+    def execute(self, plan: Plan, folded: Folded | None) -> InFlight:
+        assert folded is None
         self.now_ms += HOST_MS
         if self.steps:
             self.idle_ms += max(0.0, self.now_ms - self.done_ms)

@@ -3,7 +3,8 @@ import random
 
 import pytest
 
-from valora_jax.engine.costs import Mode, StepCosts, StepLoad, StepTimes
+from valora_jax.engine.costs import StepCosts, StepLoad, StepTimes
+from valora_jax.lora.mode import Mode
 
 # A CPU with a small model: everything takes longer, in other proportions.
 SLOW = StepTimes(

@@ -14,9 +14,10 @@ from valora_jax.engine.buckets import MAX_CHUNKS, Buckets
 from valora_jax.engine.fill import Sources, fill, neutral
 from valora_jax.engine.image_cache import ImageCache
 from valora_jax.engine.kv_blocks import SCRATCH_PAGE, KVBlocks
+from valora_jax.engine.plan import Plan
 from valora_jax.engine.request import ImageSpan, Request
 from valora_jax.engine.sampling_params import SamplingParams
-from valora_jax.engine.scheduler import Plan, Scheduler
+from valora_jax.engine.scheduler import Scheduler
 from valora_jax.lora.host_store import AdapterRef
 
 PAGE, PAGES, REQUESTS, TOKENS, PER_IMAGE, VOCABULARY = 4, 9, 4, 12, 3, 50

@@ -27,6 +27,7 @@ def plan_of(config: EngineConfig = CONFIG, *, free_bytes: int = 2**30) -> Memory
         SPEC,
         dtype=np.dtype(np.float32),
         weights_bytes=5000,
+        copy_bytes=0,
         adapters_bytes=10_000,
         free_bytes=free_bytes,
     )
@@ -52,6 +53,7 @@ def test_half_the_type_takes_half_the_bytes():
         SPEC,
         dtype=np.dtype(np.float16),
         weights_bytes=0,
+        copy_bytes=0,
         adapters_bytes=0,
         free_bytes=2**30,
     )

@@ -3,9 +3,10 @@ import dataclasses
 
 import pytest
 
-from valora_jax.engine.costs import Mode, StepCosts
+from valora_jax.engine.costs import StepCosts
 from valora_jax.engine.orchestrator import Orchestrator
 from valora_jax.engine.rounds import Adapter, AdapterTraits, Decision, Round
+from valora_jax.lora.mode import Mode
 from valora_jax.replay.simulation import step_limits
 
 

@@ -4,12 +4,12 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from valora_jax.engine.costs import Mode
 from valora_jax.engine.kv_blocks import KVBlocks
 from valora_jax.engine.request import Request
 from valora_jax.engine.rounds import AdapterTraits, Decision, StepLimits, load_of, plan_step
 from valora_jax.engine.sampling_params import SamplingParams
 from valora_jax.engine.scheduler import Scheduler
+from valora_jax.lora.mode import Mode
 
 PAGES = {"cars": 4.0, "planes": 1.0}
 LIMITS = StepLimits(

@@ -8,10 +8,11 @@ import hypothesis
 import hypothesis.strategies as st
 
 from valora_jax.engine import valora_policy
-from valora_jax.engine.costs import Mode, StepTimes
+from valora_jax.engine.costs import StepTimes
 from valora_jax.engine.policies import Unmerged
 from valora_jax.engine.rounds import AdapterTraits
 from valora_jax.engine.valora_policy import Valora
+from valora_jax.lora.mode import Mode
 from valora_jax.replay.arrivals import Arrival, make_trace, skewed
 from valora_jax.replay.simulation import Device, Simulation, Step, capacity, step_limits
 

@@ -48,7 +48,11 @@ def _biased_sites(target: AdapterTarget) -> list[str]:
 
 
 class EngineAdapters:
-    """Loads, places and forgets adapters."""
+    """Loads, places and forgets adapters.
+
+    Attributes:
+      on_forget: hears of every version that no request will bring again.
+    """
 
     def __init__(
         self,
@@ -85,6 +89,7 @@ class EngineAdapters:
         self._uploads = 0
         self._needs: dict[AdapterRef, Mapping[str, int]] = {}
         self._classes: dict[AdapterRef, int] = {}
+        self.on_forget: Callable[[AdapterRef], None] = lambda ref: None
 
     @staticmethod
     def device_bytes(config: EngineConfig, target: AdapterTarget, *, dtype: np.dtype) -> int:
@@ -255,3 +260,4 @@ class EngineAdapters:
         self._residency.drop(ref)
         self._needs.pop(ref, None)
         self._classes.pop(ref, None)
+        self.on_forget(ref)

@@ -47,7 +47,7 @@ class BatchLayout:
         per_row = ("sample_index", "state_row", "step", "seed", "top_k", *sorted(_FLOATS))
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(per_token, (T,))
         shapes |= dict.fromkeys(per_row, (S,))
-        shapes |= {"banned": (S, MAX_BANNED), "wants_logprobs": ()}
+        shapes |= {"banned": (S, MAX_BANNED), "wants_logprobs": (), "merged": ()}
         shapes |= {"decode_kv_len": (D,), "decode_page": (D, W), "decode_count": ()}
         if C:
             shapes |= dict.fromkeys(("chunk_start", "chunk_len", "chunk_kv_len"), (C,))

@@ -15,10 +15,13 @@ import numpy as np
 from valora_jax.engine.adapters import EngineAdapters
 from valora_jax.engine.answer import Answer, PromptScores
 from valora_jax.engine.image_cache import ImageCache
+from valora_jax.engine.modes import Modes
 from valora_jax.engine.outputs import RequestMetrics
+from valora_jax.engine.plan import Plan
 from valora_jax.engine.request import FinishReason, Request
+from valora_jax.engine.rounds import EVERYBODY_UNMERGED, Decision
 from valora_jax.engine.runner import InFlight, Runner
-from valora_jax.engine.scheduler import Plan, Scheduler
+from valora_jax.engine.scheduler import Scheduler
 from valora_jax.media.tokenizer import Tokenizer
 
 
@@ -68,12 +71,15 @@ class EngineCore:
         images: ImageCache,
         adapters: EngineAdapters | None,
         *,
+        modes: Modes | None = None,
         tokenizer: Tokenizer,
         steps_ahead: int,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """`steps_ahead` is how many steps may be in flight while an earlier one is read."""
+        """`steps_ahead` is how many steps may be in flight while an earlier one is read; `modes` is
+        None where no step uses adapters."""
         self.scheduler, self.images, self.adapters = scheduler, images, adapters
+        self.modes = modes
         self._runner, self._tokenizer, self._clock = runner, tokenizer, clock
         self._steps_ahead = steps_ahead
         self._jobs: dict[Request, Job] = {}
@@ -103,15 +109,20 @@ class EngineCore:
         # Who waits is planned for when all steps but one are read. Ended requests have made room by
         # then, and the device, which takes steps in order, would not have begun any earlier.
         if len(self._in_flight) <= ahead:
-            plan = self.scheduler.plan()
+            plan, decision = self._plan()
             news += self._fail_unreadable()
             if plan is not None and plan.tokens:
-                self._enqueue(plan)
+                self._enqueue(plan, decision)
                 if len(self._in_flight) <= ahead:
                     return news
         if self._in_flight:
             news += self._take(self._in_flight.popleft())
         return news
+
+    def _plan(self) -> tuple[Plan | None, Decision]:
+        if self.modes is None:
+            return self.scheduler.plan(), EVERYBODY_UNMERGED
+        return self.modes.plan(self.scheduler)
 
     def _fail_unreadable(self) -> list[Job]:
         """Ends jobs whose adapter cannot be read again."""
@@ -123,12 +134,19 @@ class EngineCore:
             failed.append(job)
         return failed
 
-    def _enqueue(self, plan: Plan) -> None:
+    def _enqueue(self, plan: Plan, decision: Decision) -> None:
+        traces = self._runner.traces
         self._encode_images()
         for chunk in (*plan.decodes, *plan.prefills):
             self._count_tokens(chunk.request)
-        self._in_flight.append(self._runner.execute(plan))
+        folded = self.modes.fold(decision) if self.modes else None
+        self._in_flight.append(self._runner.execute(plan, folded))
+        if self.modes:
+            compiled = self._runner.traces > traces
+            self.modes.enqueued(plan, decision, folded=folded, compiled=compiled)
+        now_s = self._clock()
         for chunk in (*plan.decodes, *plan.prefills):
+            chunk.request.waiting_since_s = now_s
             images = chunk.request.images
             if images and chunk.request.computed >= images[-1].end:
                 self.images.release(chunk.request)
@@ -155,7 +173,13 @@ class EngineCore:
 
     def _take(self, step: InFlight) -> list[Job]:
         """Reads a step's results into the jobs' answers."""
+        on_time = not step.sampled.is_ready()
         sampled = step.sampled.to_numpy()
+        now_s = self._clock()
+        for chunk in (*step.plan.decodes, *step.plan.prefills):
+            chunk.request.waiting_since_s = now_s
+        if self.modes:
+            self.modes.ended(on_time=on_time)
         self._take_scores(step)
         news = []
         for row, request in enumerate(step.requests):

@@ -7,17 +7,10 @@ one device and follows those of its own; what the line misses it corrects for ea
 """
 
 import dataclasses
-import enum
 import math
 from collections.abc import Hashable
 
-
-class Mode(enum.Enum):
-    """How a step uses the adapters: none folded into the weights, one for all, one for some."""
-
-    UNMERGED = "unmerged"
-    MERGED = "merged"
-    MIXTURE = "mixture"
+from valora_jax.lora.mode import Mode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

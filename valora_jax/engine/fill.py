@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from valora_jax.engine.plan import Chunk, Plan
 from valora_jax.engine.request import ImageSpan, Request
-from valora_jax.engine.scheduler import Chunk, Plan
 
 type Fields = Mapping[str, np.ndarray]
 
@@ -34,10 +34,11 @@ class Sources:
 
 
 def neutral(fields: Fields, *, vocab_rows: int, padding_row: int) -> None:
-    """Sets what zero would misread: tokens have no features and no adapter, rows no penalties; they
-    sample greedily and write to the padding row of the sampler's state."""
+    """Sets what zero would misread: tokens have no features and no adapter, weights none in them,
+    rows no penalties; they sample greedily and write to the padding row of the sampler's state."""
     fields["feature_row"][:] = -1
     fields["adapter"][:] = -1
+    fields["merged"][...] = -1
     fields["top_p"][:] = 1
     fields["repetition_penalty"][:] = 1
     fields["banned"][:] = vocab_rows
@@ -69,6 +70,17 @@ def fill(fields: Fields, plan: Plan, sources: Sources) -> list[Request]:
     if plan.prefills:
         fields["chunk_count"][...] = len(plan.prefills)
     return sampled
+
+
+def next_tokens(plan: Plan, tokens: int) -> np.ndarray:
+    """The prompt token after each of the plan's tokens; 0 where there is none."""
+    next_T = np.zeros(tokens, np.int32)
+    start = 0
+    for chunk in (*plan.decodes, *plan.prefills):
+        following = chunk.request.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.length + 1]
+        next_T[start : start + len(following)] = following
+        start += chunk.length
+    return next_T
 
 
 def _fill_pages(row_W: np.ndarray, request: Request) -> None:

@@ -17,12 +17,14 @@ class MemoryPlan:
     """Sizes in bytes, but for the counts of pages.
 
     Attributes:
+      copy_bytes: of the merged copy; 0 where there is none.
       kv_pages: pages of the cache, the scratch page included.
       request_pages: pages that the longest request takes.
       max_request_tokens: prompt and answer together.
     """
 
     weights_bytes: int
+    copy_bytes: int
     adapters_bytes: int
     features_bytes: int
     sampler_bytes: int
@@ -40,14 +42,19 @@ class MemoryPlan:
         *,
         dtype: np.dtype,
         weights_bytes: int,
+        copy_bytes: int,
         adapters_bytes: int,
         free_bytes: int,
     ) -> "MemoryPlan":
         """Sizes the cache: what all requests at their longest can use, if the memory allows.
 
+        The merged copy is left out if it would take more than half of what the cache could have and
+        can use.
+
         Args:
           dtype: of the cache and the image features.
           weights_bytes: taken already.
+          copy_bytes: that a merged copy would take.
           adapters_bytes: that the adapter pool will take.
           free_bytes: on the device now, with the weights loaded.
 
@@ -64,7 +71,10 @@ class MemoryPlan:
         fraction = config.memory_fraction or (0.2 if jax.default_backend() == "cpu" else 0.9)
         left_bytes = int(fraction * free_bytes)
         left_bytes -= adapters_bytes + features_bytes + sampler_bytes
-        wanted = 1 + config.max_requests * request_pages
+        wanted = config.kv_pages or 1 + config.max_requests * request_pages
+        if left_bytes - copy_bytes < min(left_bytes / 2, wanted * page_bytes):
+            copy_bytes = 0
+        left_bytes -= copy_bytes
         kv_pages = config.kv_pages or min(wanted, left_bytes // page_bytes)
         if kv_pages < 2 or kv_pages * page_bytes > left_bytes:
             raise ValueError(
@@ -75,6 +85,7 @@ class MemoryPlan:
             )
         return cls(
             weights_bytes=weights_bytes,
+            copy_bytes=copy_bytes,
             adapters_bytes=adapters_bytes,
             features_bytes=features_bytes,
             sampler_bytes=sampler_bytes,
@@ -91,6 +102,7 @@ class MemoryPlan:
         kv_bytes = self.kv_pages * self.page_bytes
         rows = (
             ("weights", self.weights_bytes, "loaded"),
+            ("merged copy", self.copy_bytes, "of linears, to fold adapters into"),
             ("adapters", self.adapters_bytes, "rank pages, replaced heads, task heads"),
             ("image features", self.features_bytes, "of recent images"),
             ("sampler", self.sampler_bytes, "last tokens and penalties"),

@@ -12,17 +12,17 @@ The engine calls, for each step:
     if decision.merge is not None:
         ...                                # enqueue the next chunk of that adapter's copy
         orchestrator.copied(decision.merge, fraction)
-    orchestrator.observe(load, ms)         # when the step's time is known; `observe_merge` likewise
+    orchestrator.observe(load, ms)         # when the step has ended; `observe_merge` likewise
 
 and `forget` when a version of an adapter is gone. Requests are read, never changed. Nothing here
 knows of key-value pages or gates: a step may serve fewer than a decision allows. Who is held back
-no longer than theta waits, on top, for the steps that are in flight already.
+no longer than theta waits, on top, for the steps that are in flight already. `modes` is who calls.
 """
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 
-from valora_jax.engine.costs import Mode, StepCosts, StepLoad
+from valora_jax.engine.costs import StepCosts, StepLoad
 from valora_jax.engine.rounds import (
     EVERYBODY_UNMERGED,
     Adapter,
@@ -35,6 +35,26 @@ from valora_jax.engine.rounds import (
     StepLimits,
     load_of,
 )
+from valora_jax.lora.mode import Mode
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StepRan:
+    """A step that has ended, for those who watch.
+
+    Attributes:
+      start_s: on the engine's clock.
+      ms: from its start, or the end of the step before, to its end.
+      load: what it did.
+      decision: how it was to run.
+      requests: that it served.
+    """
+
+    start_s: float
+    ms: float
+    load: StepLoad
+    decision: Decision
+    requests: tuple[Servable, ...]
 
 
 class Orchestrator:
@@ -45,7 +65,7 @@ class Orchestrator:
       copy: what is folded, or being folded.
       switches: merges begun.
       interrupted: merges that another one replaced before they were whole, or whose adapter went.
-      seconds: device time of observed steps by mode.
+      seconds: of steps by mode.
     """
 
     def __init__(
@@ -66,9 +86,14 @@ class Orchestrator:
         """
         self.costs = costs or StepCosts()
         self.copy = Copy()
+        self._limits, self._traits = limits, traits
+        self.set_policy(policy)
+
+    def set_policy(self, policy: Policy) -> None:
+        """Goes on with a fresh policy and counters from zero; costs and copy stay."""
         self.switches = self.interrupted = 0
         self.seconds = dict.fromkeys(Mode, 0.0)
-        self._policy, self._limits, self._traits = policy, limits, traits
+        self._policy = policy
 
     def decide(
         self, now_s: float, running: Sequence[Servable], waiting: Sequence[Servable]
@@ -104,8 +129,12 @@ class Orchestrator:
         return load_of(chunks, folded, bucket=self._limits.bucket, traits=self._traits)
 
     def observe(self, load: StepLoad, ms: float) -> None:
-        """Takes the time of a step that ran."""
+        """Takes the time of a step that ran, more than zero."""
         self.costs.observe(load, ms)
+        self.count(load, ms)
+
+    def count(self, load: StepLoad, ms: float) -> None:
+        """Counts a step of which it is not known how long it took itself."""
         self.seconds[load.mode] += ms / 1e3
 
     def observe_merge(self, ms: float) -> None:

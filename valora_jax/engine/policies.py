@@ -2,12 +2,11 @@
 
 import collections
 import math
-from typing import Literal, get_args
+from typing import get_args
 
+from valora_jax.config import PolicyName
 from valora_jax.engine.rounds import EVERYBODY_UNMERGED, Adapter, Decision, Policy, Round, Servable
 from valora_jax.engine.valora_policy import Valora
-
-PolicyName = Literal["valora", "unmerged", "merged", "dlora"]
 
 
 def make_policy(name: PolicyName, *, max_wait_s: float) -> Policy:

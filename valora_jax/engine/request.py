@@ -51,6 +51,8 @@ class Request:
         and none is taken from the prefix cache.
       needs_classes: wants what its adapter's task head says of the last prompt token.
       arrival_s: when it came, on the engine's clock.
+      waiting_since_s: when it came, or, once served, when the last step that served it was enqueued
+        or ended; kept by the engine's loop.
       output_token_ids: known to the host.
       pending: tokens sampled by enqueued steps that the host has not read yet.
       computed: positions whose keys and values are computed or enqueued.
@@ -79,6 +81,7 @@ class Request:
     needs_classes: bool = False
     arrival_s: float = 0.0
 
+    waiting_since_s: float = dataclasses.field(default=0.0, init=False)
     output_token_ids: list[int] = dataclasses.field(default_factory=list, init=False, repr=False)
     pending: int = dataclasses.field(default=0, init=False)
     computed: int = dataclasses.field(default=0, init=False)
@@ -94,6 +97,7 @@ class Request:
     preemptions: int = dataclasses.field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        self.waiting_since_s = self.arrival_s
         if not self.prompt_token_ids:
             raise ValueError(f"request {self.id!r} has no prompt tokens; give it at least one")
         bounds = [0, *itertools.chain.from_iterable((i.start, i.end) for i in self.images)]

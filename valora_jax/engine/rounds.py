@@ -10,7 +10,8 @@ import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Protocol
 
-from valora_jax.engine.costs import Mode, StepCosts, StepLoad
+from valora_jax.engine.costs import StepCosts, StepLoad
+from valora_jax.lora.mode import Mode
 
 type Adapter = Hashable  # in the engine an AdapterRef: a version, so a reloaded name is another one
 type Chunks = list[tuple[Adapter | None, int]]  # adapter and number of tokens, in the step's order

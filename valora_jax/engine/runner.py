@@ -5,30 +5,29 @@ Decides nothing. Calls enqueue work and return; `InFlight.read` waits for its re
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from pallas_kernels.paged_attention import KVPages
 from valora_jax.config import EngineConfig
 from valora_jax.engine import step
 from valora_jax.engine.batch import SCORE_ROWS
 from valora_jax.engine.buckets import Bucket
-from valora_jax.engine.fill import Sources, fill, neutral
+from valora_jax.engine.fill import Sources, fill, neutral, next_tokens
 from valora_jax.engine.memory_plan import MemoryPlan
-from valora_jax.engine.precision import Precision, in_dtype
+from valora_jax.engine.plan import Chunk, Folded, Plan
+from valora_jax.engine.precision import Precision
 from valora_jax.engine.request import Request
 from valora_jax.engine.sampler import Sampled, SamplerState, wants_only_likeliest
-from valora_jax.engine.scheduler import Chunk, Plan
 from valora_jax.engine.shapes import IMAGES_A_CALL, StepShapes
+from valora_jax.engine.weights import StepWeights
 from valora_jax.lora.heads import TaskHeads, class_logits
-from valora_jax.models.build import parameter_paths, with_weights
-from valora_jax.models.spec import Model, ModelSpec
+from valora_jax.models.spec import ModelSpec
 
 # What comes back in place.
 _DONATED: Mapping[Callable, tuple[str, ...]] = {
@@ -76,11 +75,16 @@ class Adapters(Protocol):
 
 
 class Runner:
-    """Compiles on first use of a shape; `warm_up` uses them all. `traces` counts compilations."""
+    """Compiles on first use of a shape; `warm_up` uses them all.
+
+    Attributes:
+      shapes: of steps.
+      traces: compilations so far.
+    """
 
     def __init__(
         self,
-        model: Model,
+        weights: StepWeights,
         spec: ModelSpec,
         config: EngineConfig,
         *,
@@ -94,9 +98,9 @@ class Runner:
         self.traces = 0
         self._spec, self._sources, self._adapters = spec, sources, adapters
         self._padding_row = config.max_requests
-        self._model, self._leaves = _split(model, spec, precision)
-        self._shapes = StepShapes(
-            self._model,
+        self._weights = weights
+        self.shapes = StepShapes(
+            weights.shape,
             spec,
             config,
             max_tokens_per_step=max_tokens_per_step,
@@ -116,24 +120,31 @@ class Runner:
         self._compiled: dict[tuple[Callable, Hashable], Callable] = {}
         self._set_counts = jax.jit(SamplerState.with_counts, donate_argnums=0)
 
-    def execute(self, plan: Plan) -> InFlight:
-        """Enqueues a plan's step, and the scores of prompts that want them."""
+    def execute(self, plan: Plan, folded: Folded | None) -> InFlight:
+        """Enqueues a plan's step, and the scores of prompts that want them.
+
+        `folded` is the adapter in the merged weights, on which it runs then.
+        """
         plan = self._sorted_by_adapter(plan)
         chunks = (*plan.decodes, *plan.prefills)
         prompt_tokens = plan.tokens - len(plan.decodes)
-        bucket = self._shapes.choose(decodes=len(plan.decodes), prompt_tokens=prompt_tokens)
-        slots = [self._sources.adapter_slot(chunk.request) for chunk in chunks]
-        packed, fields = self._shapes.layout(bucket).buffer()
+        bucket = self.shapes.choose(decodes=len(plan.decodes), prompt_tokens=prompt_tokens)
+        slots = {self._sources.adapter_slot(chunk.request) for chunk in chunks}
+        packed, fields = self.shapes.layout(bucket).buffer()
         neutral(fields, vocab_rows=self._spec.vocab_rows, padding_row=self._padding_row)
         requests = fill(fields, plan, self._sources)
-        outputs = self._run(self._shapes.step(bucket, slots=slots), packed)
+        if folded is not None:
+            fields["merged"][...] = folded.slot
+            fields["adapter"][plan.tokens :] = folded.slot  # or padding would subtract it
+        shape = self.shapes.step(bucket, with_lora=_needs_lora(slots, folded))
+        outputs = self._run(shape, packed, merged=folded is not None)
         hidden_TD, sampled = outputs.hidden_TD, outputs.sampled
         if not wants_only_likeliest(fields, vocab_rows=self._spec.vocab_rows):
             sampled = self._resample(bucket, outputs.logits_SV, packed)
         jax.tree.map(lambda x: x.copy_to_host_async(), sampled)
         scores = None
         if any(chunk.request.needs_prompt_logits for chunk in chunks):
-            adapter_T, target_T = fields["adapter"], _next_tokens(plan, bucket.tokens)
+            adapter_T, target_T = fields["adapter"], next_tokens(plan, bucket.tokens)
             scores = self._score(hidden_TD, adapter_T, target_T, tokens=plan.tokens)
         return InFlight(
             plan=plan,
@@ -172,7 +183,7 @@ class Runner:
 
     def warm_up(self, progress: Callable[[int, int], None]) -> None:
         """Compiles every shape, then runs each on nothing; `progress(done, all)` on the way."""
-        steps, images = list(self._shapes.all_steps()), list(self._shapes.all_images())
+        steps, images = list(self.shapes.all_steps()), list(self.shapes.all_images())
         self._compile_together(steps, images, progress)
         for bucket, shape in steps:
             packed, fields = shape.layout.buffer()
@@ -216,9 +227,11 @@ class Runner:
                 self._compiled[compiling[future]] = future.result()
                 progress(done, 2 * len(calls))
 
-    def _step_arguments(self, shape: step.StepShape, packed: np.ndarray) -> dict[str, Any]:
+    def _step_arguments(
+        self, shape: step.StepShape, packed: np.ndarray, *, merged: bool = False
+    ) -> dict[str, Any]:
         return dict(
-            leaves=self._leaves[shape.dtype],
+            leaves=self._weights.leaves(shape.dtype, merged=merged),
             kv=self._kv,
             state=self._state,
             features_FD=self._features_FD,
@@ -230,22 +243,25 @@ class Runner:
         self, shape: step.StepShape, pixels_I3hw: np.ndarray, packed: np.ndarray
     ) -> dict[str, Any]:
         return dict(
-            leaves=self._leaves[shape.dtype],
+            leaves=self._weights.leaves(shape.dtype, merged=False),
             features_FD=self._features_FD,
             adapters=self._arrays(shape),
             pixels_I3hw=pixels_I3hw,
             packed=packed,
         )
 
-    def _run(self, shape: step.StepShape, packed: np.ndarray) -> step.StepOutputs:
+    def _run(
+        self, shape: step.StepShape, packed: np.ndarray, *, merged: bool = False
+    ) -> step.StepOutputs:
         """Enqueues a step."""
         run = self._compile(step.decoder_step, shape)
-        self._kv, self._state, outputs = run(**self._step_arguments(shape, packed))
+        arguments = self._step_arguments(shape, packed, merged=merged)
+        self._kv, self._state, outputs = run(**arguments)
         return outputs
 
     def _resample(self, bucket: Bucket, logits_SV: jax.Array, packed: np.ndarray) -> Sampled:
         """Enqueues the sampling of a step's rows, in place of their likeliest tokens."""
-        run = self._compile(step.resample, self._shapes.layout(bucket))
+        run = self._compile(step.resample, self.shapes.layout(bucket))
         self._state, sampled = run(state=self._state, logits_SV=logits_SV, packed=packed)
         return sampled
 
@@ -253,7 +269,7 @@ class Runner:
         self, hidden_TD: jax.Array, adapter_T: np.ndarray, target_T: np.ndarray, *, tokens: int
     ) -> list[tuple[jax.Array, Sampled]]:
         """Enqueues the scores of a step's first `tokens` rows, block by block."""
-        shape = self._shapes.scores(slots=adapter_T.tolist())
+        shape = self.shapes.scores(with_lora=bool((adapter_T >= 0).any()))
         run = self._compile(step.score, shape)
         blocks = []
         for start in range(0, tokens, SCORE_ROWS):
@@ -263,7 +279,7 @@ class Runner:
             fields["adapter"][: rows.stop - start] = adapter_T[rows]
             fields["target"][: rows.stop - start] = target_T[rows]
             logits_TV, following = run(
-                leaves=self._leaves[shape.dtype],
+                leaves=self._weights.leaves(shape.dtype, merged=False),
                 adapters=self._arrays(shape),
                 hidden_TD=_block(hidden_TD, np.int32(start)),
                 packed=packed,
@@ -279,7 +295,7 @@ class Runner:
         return _classify(_block(hidden_TD, row), self._adapters.task_heads, adapter_S)
 
     def _encode(self, pixels_I3hw: np.ndarray, rows: list[int], adapters: Sequence[int]) -> None:
-        shape = self._shapes.images(len(rows), slots=adapters)
+        shape = self.shapes.images(len(rows), with_lora=any(slot >= 0 for slot in adapters))
         packed, fields = shape.layout.buffer()
         fields["first_row"][:] = rows
         fields["adapter"][:] = np.repeat(adapters, self._spec.vision_tokens_per_image)
@@ -314,19 +330,11 @@ class Runner:
         return dataclasses.replace(plan, decodes=decodes, prefills=prefills)
 
 
-def _split(
-    model: Model, spec: ModelSpec, precision: Precision
-) -> tuple[step.ModelShape, dict[np.dtype, list[jax.Array]]]:
-    """The module without weights, and its flat weights for each dtype that steps run in."""
-    graphdef, state = nnx.split(model, nnx.Param)
-    leaves, treedef = jax.tree.flatten(state)
-    shape = step.ModelShape(graphdef=graphdef, treedef=treedef, layers=spec.layers)
-    by_dtype = {precision.weights: leaves}
-    if precision.prompts != precision.weights:
-        weights = {path: leaf.get_value() for path, leaf in parameter_paths(model).items()}
-        cast = with_weights(spec, in_dtype(weights, precision.prompts), dtype=precision.weights)
-        by_dtype[precision.prompts] = jax.tree.leaves(nnx.state(cast, nnx.Param))
-    return shape, by_dtype
+def _needs_lora(slots: Collection[int], folded: Folded | None) -> bool:
+    """Whether a step of rows of these slots multiplies any adapter."""
+    if folded is None:
+        return any(slot >= 0 for slot in slots)
+    return folded.changes_head or any(slot != folded.slot for slot in slots)
 
 
 _classify = jax.jit(class_logits)
@@ -336,14 +344,3 @@ _classify = jax.jit(class_logits)
 def _block(hidden_TD: jax.Array, start: jax.Array) -> jax.Array:
     padded_TD = jnp.pad(hidden_TD, ((0, SCORE_ROWS), (0, 0)))
     return jax.lax.dynamic_slice_in_dim(padded_TD, start, SCORE_ROWS)
-
-
-def _next_tokens(plan: Plan, tokens: int) -> np.ndarray:
-    """The prompt token after each of the plan's tokens; 0 where there is none."""
-    next_T = np.zeros(tokens, np.int32)
-    start = 0
-    for chunk in (*plan.decodes, *plan.prefills):
-        following = chunk.request.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.length + 1]
-        next_T[start : start + len(following)] = following
-        start += chunk.length
-    return next_T

@@ -69,6 +69,10 @@ class Sampled:
     top_token_SK: jax.Array
     top_logprob_SK: jax.Array
 
+    def is_ready(self) -> bool:
+        """Whether the step has ended."""
+        return self.token_S.is_ready()
+
     def to_numpy(self) -> "Sampled":
         """The same as NumPy arrays; waits for the step."""
         return jax.tree.map(np.asarray, self)

@@ -2,70 +2,28 @@
 
 Running requests come first, those that decode before those with prompt left; then waiting ones are
 admitted in order of arrival while rows, tokens and pages last. A request that lacks something else
-lets a bounded number pass. When pages run out, the request admitted last gives up its own, and
-computes its prompt and its answer so far again later.
+lets a bounded number pass; one that the orchestrator holds back, any. When pages run out, the
+request admitted last gives up its own, and computes its prompt and its answer so far again later.
 
 The engine runs ahead: `plan` may be called before the tokens of the last plans are known.
 """
 
 import collections
-import dataclasses
 import enum
 import heapq
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 from valora_jax.engine.kv_blocks import KVBlocks
+from valora_jax.engine.plan import Chunk, Gate, Plan
 from valora_jax.engine.request import FinishReason, Phase, Request
 from valora_jax.errors import OutOfCapacityError, RequestTooLongError
 
-
-class Gate(Protocol):
-    """Something that a request needs while it runs, such as a place for its adapter."""
-
-    def acquire(self, request: Request) -> bool:
-        """Takes it, or returns False and holds nothing.
-
-        `request.computed` is the number of tokens that the prefix cache already has.
-        """
-        ...
-
-    def release(self, request: Request) -> None:
-        """Gives back what `acquire` took."""
-        ...
+type Serves = Callable[[Request], bool]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens of one request in one step: positions `[start, start + length)`.
-
-    `samples` says that the chunk reaches the request's last token, so that the step samples the
-    next one. A decode's token may still be unknown to the host; it is the one the row sampled last.
-    """
-
-    request: Request
-    start: int
-    length: int
-    samples: bool
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
-    """One step. No chunk reads a page that another chunk of the same plan writes.
-
-    Attributes:
-      decodes: chunks of one token, whatever it is.
-      prefills: longer chunks.
-      preempted: requests that lost their row and pages; a plan may hold nothing but these.
-    """
-
-    decodes: list[Chunk]
-    prefills: list[Chunk]
-    preempted: list[Request]
-
-    @property
-    def tokens(self) -> int:
-        return len(self.decodes) + sum(chunk.length for chunk in self.prefills)
+def everybody(request: Request) -> bool:
+    """Refuses nobody."""
+    return True
 
 
 class _Admission(enum.Enum):
@@ -190,18 +148,21 @@ class Scheduler:
             self._blocks.extend_digests(request)  # here, so that no plan pays for it
             self._waiting.append(request)
 
-    def plan(self) -> Plan | None:
+    def plan(self, serves: Serves = everybody) -> Plan | None:
         """Plans the next step and takes it as enqueued; None if there is nothing to do now.
 
-        None while `has_work` means that tokens are pending or that a gate is shut.
+        None while `has_work` means that tokens are pending, a gate is shut or `serves` refuses.
+
+        Args:
+          serves: whose tokens the step may compute; the others keep what they have.
         """
         plan = Plan([], [], [])
         for request in self._running:
             self._blocks.commit(request)
-        self._plan_decodes(plan)
-        self._plan_prefills(plan)
+        self._plan_decodes(plan, serves)
+        self._plan_prefills(plan, serves)
         if not plan.preempted:  # what was just given up must not go to a newcomer
-            self._plan_admissions(plan)
+            self._plan_admissions(plan, serves)
         return plan if plan.decodes or plan.prefills or plan.preempted else None
 
     def append_token(self, request: Request, token: int) -> bool:
@@ -233,29 +194,33 @@ class Scheduler:
         request.finish_reason = reason
         self.finished[reason] += 1
 
-    def _plan_decodes(self, plan: Plan) -> None:
+    def _plan_decodes(self, plan: Plan, serves: Serves) -> None:
         for request in tuple(self._running):
             # It may have been preempted for an earlier one by now.
-            if request.phase is not Phase.RUNNING or request.outputs_planned:
+            if request.phase is not Phase.RUNNING or request.outputs_planned or not serves(request):
                 continue
             if request.remaining == 1 and self._grow(request, plan.preempted):
                 self._add_chunk(plan, request, 1)
 
-    def _plan_prefills(self, plan: Plan) -> None:
+    def _plan_prefills(self, plan: Plan, serves: Serves) -> None:
         for request in self._running:
-            if request.remaining > 1:
+            if request.remaining > 1 and serves(request):
                 budget = self._budget(plan)
                 if budget == 0:
                     return
                 self._add_chunk(plan, request, min(request.remaining, budget))
 
-    def _plan_admissions(self, plan: Plan) -> None:
-        passed: list[Request] = []
+    def _plan_admissions(self, plan: Plan, serves: Serves) -> None:
+        left: list[Request] = []  # in the queue, before those that were not looked at
+        passed: list[Request] = []  # of them, who lacked something
         while self._waiting and self._free_rows and len(passed) < self._lookahead:
             budget = self._budget(plan)
             if budget == 0:
                 break
             request = self._waiting[0]
+            if not serves(request):
+                left.append(self._waiting.popleft())
+                continue
             admission = self._admit(request, uncut_room=budget if plan.prefills else None)
             if admission is _Admission.ADMITTED:
                 self._waiting.popleft()
@@ -266,9 +231,10 @@ class Scheduler:
                     break
             elif admission is _Admission.PASSED and request.overtaken < self._max_overtaken:
                 passed.append(self._waiting.popleft())
+                left.append(request)
             else:
                 break
-        self._waiting.extendleft(reversed(passed))
+        self._waiting.extendleft(reversed(left))
 
     def _budget(self, plan: Plan) -> int:
         """Tokens that a prompt's next chunk may have."""

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import jax
 
@@ -18,7 +18,11 @@ IMAGES_A_CALL = (1, 2, 4)
 
 
 class StepShapes:
-    """Hands out the same object for the same shape; each is a compilation."""
+    """Hands out the same object for the same shape; each is a compilation.
+
+    Attributes:
+      kernel: which implementation of LoRA, attention and merging runs.
+    """
 
     def __init__(
         self,
@@ -44,7 +48,7 @@ class StepShapes:
             decode_growth=4 if platform == "cpu" else 2,
         )
         automatic: Kernel = "triton" if platform == "gpu" else "xla"
-        self._kernel: Kernel = automatic if config.kernels == "auto" else config.kernels
+        self.kernel: Kernel = automatic if config.kernels == "auto" else config.kernels
         self._model, self._spec, self._precision = model, spec, precision
         self._request_pages = request_pages
         # With nobody's adapter in it, a step without LoRA saves launches; on a CPU it saves nothing
@@ -53,17 +57,17 @@ class StepShapes:
         if with_adapters:
             self._lora_variants = (True,) if platform == "cpu" else (False, True)
 
-    def step(self, bucket: Bucket, *, slots: Collection[int]) -> StepShape:
-        """The step for rows of these adapter slots, -1 for the base model."""
-        return self._step(bucket, self._with_lora(slots))
+    def step(self, bucket: Bucket, *, with_lora: bool) -> StepShape:
+        """A step, with adapters if it needs them, or always where there is no other."""
+        return self._step(bucket, with_lora or self._lora_variants[0])
 
-    def scores(self, *, slots: Collection[int]) -> StepShape:
+    def scores(self, *, with_lora: bool) -> StepShape:
         """The scoring of a block of rows."""
-        return self._scores(self._with_lora(slots))
+        return self._scores(with_lora or self._lora_variants[0])
 
-    def images(self, images: int, *, slots: Collection[int]) -> StepShape:
+    def images(self, images: int, *, with_lora: bool) -> StepShape:
         """The encoding of images."""
-        return self._images(images, self._with_lora(slots))
+        return self._images(images, with_lora or self._lora_variants[0])
 
     def choose(self, *, decodes: int, prompt_tokens: int) -> Bucket:
         """See `Buckets.choose`."""
@@ -82,9 +86,6 @@ class StepShapes:
         """Every encoding there is, with the number of images."""
         for images, with_lora in itertools.product(IMAGES_A_CALL, self._lora_variants):
             yield images, self._images(images, with_lora)
-
-    def _with_lora(self, slots: Collection[int]) -> bool:
-        return self._lora_variants[0] or any(slot >= 0 for slot in slots)
 
     @functools.lru_cache  # noqa: B019 (lives as long as its engine)
     def _layout(self, bucket: Bucket) -> BatchLayout:
@@ -115,5 +116,5 @@ class StepShapes:
             layout=layout,
             with_lora=with_lora,
             dtype=dtype,
-            kernel=self._kernel,
+            kernel=self.kernel,
         )

@@ -1,14 +1,15 @@
 """Brings an engine up: reads the checkpoint, plans the memory, compiles the steps."""
 
 import dataclasses
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 from rich.console import Console
 from rich.progress import Progress
 
-from pallas_kernels.lora_matmul import tuned_table
+from pallas_kernels.lora_matmul import LoraPool, tuned_table
 from valora_jax import checkpoint
 from valora_jax.config import EngineConfig
 from valora_jax.engine.adapters import EngineAdapters
@@ -18,10 +19,16 @@ from valora_jax.engine.fill import Sources
 from valora_jax.engine.image_cache import ImageCache
 from valora_jax.engine.kv_blocks import KVBlocks
 from valora_jax.engine.memory_plan import MemoryPlan, free_device_bytes
+from valora_jax.engine.mergeable import Traits
+from valora_jax.engine.modes import Modes
+from valora_jax.engine.orchestrator import Orchestrator
+from valora_jax.engine.policies import make_policy
 from valora_jax.engine.precision import Precision
 from valora_jax.engine.request import Request
+from valora_jax.engine.rounds import StepLimits
 from valora_jax.engine.runner import Runner
 from valora_jax.engine.scheduler import Scheduler
+from valora_jax.engine.weights import StepWeights
 from valora_jax.media.clip_pixels import ClipPixels
 from valora_jax.media.tokenizer import Tokenizer
 from valora_jax.models import read_spec
@@ -29,6 +36,8 @@ from valora_jax.models.base_tensors import BaseTensors
 from valora_jax.models.build import load_model, parameter_paths
 from valora_jax.models.loading import read_config
 from valora_jax.models.spec import Model, ModelSpec
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,9 +85,9 @@ def assemble(
     )
     # A table of tiles that cannot be used is an error here, not in the middle of a compilation.
     tuned = tuned_table(jax.devices()[0].device_kind) is not None
-    memory = _plan_memory(model, spec, config, precision)
+    base, weights = BaseTensors(model, spec), StepWeights(model, spec, precision)
+    memory = _plan_memory(model, spec, config, precision, copy_bytes=weights.copy_bytes)
     memory.print(console)
-    base = BaseTensors(model, spec)
     adapters = None
     if config.max_adapters:
         adapters = EngineAdapters(
@@ -93,7 +102,7 @@ def assemble(
         changes_vision=adapters.changes_vision if adapters else lambda ref: False,
     )
     runner = Runner(
-        model,
+        weights,
         spec,
         config,
         max_tokens_per_step=max_tokens_per_step,
@@ -115,22 +124,67 @@ def assemble(
         max_request_tokens=memory.max_request_tokens,
         gates=[gate for gate in (adapters, images) if gate is not None],
     )
+    modes = None
+    if adapters is not None:
+        if memory.copy_bytes:
+            weights.take_copy(runner.shapes.kernel)
+        modes = _modes(config, max_tokens_per_step, runner, adapters, weights)
+        adapters.on_forget = modes.forget
     if config.warm_up:
-        _warm_up(runner, adapters, console)
+        _warm_up(runner, adapters, modes, console)
         tiles = "measured on this device" if tuned else "computed, see docs/tuning.md"
         console.print(f"{runner.traces} compiled functions; tiles of LoRA on a GPU: {tiles}")
     # A CPU computes with the cores that plan: there is nothing to keep busy meanwhile.
     steps_ahead = config.steps_ahead or (1 if jax.default_backend() == "cpu" else 2)
     core = EngineCore(
-        runner, scheduler, images, adapters, tokenizer=tokenizer, steps_ahead=steps_ahead
+        runner,
+        scheduler,
+        images,
+        adapters,
+        modes=modes,
+        tokenizer=tokenizer,
+        steps_ahead=steps_ahead,
     )
     return Parts(
         spec=spec, tokenizer=tokenizer, pixels=pixels, core=core, runner=runner, memory=memory
     )
 
 
+def _modes(
+    config: EngineConfig,
+    max_tokens_per_step: int,
+    runner: Runner,
+    adapters: EngineAdapters,
+    weights: StepWeights,
+) -> Modes:
+    limits = StepLimits(
+        max_requests=config.max_requests,
+        max_tokens_per_step=max_tokens_per_step,
+        max_prefill_chunks=MAX_CHUNKS,
+        bucket=lambda decodes, prompt: runner.shapes.choose(decodes=decodes, prompt_tokens=prompt),
+    )
+
+    def pools() -> Mapping[str, LoraPool]:
+        return adapters.arrays().pools
+
+    traits = Traits(
+        adapters,
+        pools=pools,
+        rounding_energy=weights.rounding_energy() if weights.copy else None,
+    )
+    policy = make_policy(config.policy, max_wait_s=config.max_wait_s)
+    return Modes(
+        Orchestrator(policy, limits=limits, traits=traits),
+        traits,
+        adapters,
+        weights.copy,
+        pools=pools,
+        merge_chunk_ms=limits.merge_chunk_ms,
+    )
+
+
 def _plan_memory(
-    model: Model, spec: ModelSpec, config: EngineConfig, precision: Precision
+    model: Model, spec: ModelSpec, config: EngineConfig, precision: Precision, *, copy_bytes: int
 ) -> MemoryPlan:
     weights_bytes = sum(leaf.get_value().nbytes for leaf in parameter_paths(model).values())
     adapters_bytes = 0
@@ -138,14 +192,24 @@ def _plan_memory(
         adapters_bytes = EngineAdapters.device_bytes(
             config, spec.adapter_target, dtype=precision.weights
         )
-    return MemoryPlan.make(
+    wants_copy = config.max_adapters and config.merge == "copy"
+    memory = MemoryPlan.make(
         config,
         spec,
         dtype=precision.prompts,
         weights_bytes=weights_bytes,
+        copy_bytes=copy_bytes if wants_copy else 0,
         adapters_bytes=adapters_bytes,
         free_bytes=free_device_bytes(),
     )
+    if wants_copy and not memory.copy_bytes:
+        _log.warning(
+            "no adapter will be folded into the weights: their copy takes %.2f GiB of %.2f GiB "
+            'that are free, and the key-value cache needs those; merge="off" asks for no copy',
+            copy_bytes / 2**30,
+            memory.free_bytes / 2**30,
+        )
+    return memory
 
 
 def _sources(
@@ -177,9 +241,13 @@ def _keep_compilations(folder: Path | None) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def _warm_up(runner: Runner, adapters: EngineAdapters | None, console: Console) -> None:
+def _warm_up(
+    runner: Runner, adapters: EngineAdapters | None, modes: Modes | None, console: Console
+) -> None:
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("compiling steps", total=None)
         runner.warm_up(lambda done, total: bar.update(task, completed=done, total=total))
     if adapters:
         adapters.warm_up()
+    if modes:
+        modes.warm_up()

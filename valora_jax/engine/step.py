@@ -107,11 +107,12 @@ def decoder_step(
 ) -> tuple[KVPages, SamplerState, StepOutputs]:
     """Computes a step's tokens, and takes the likeliest next token of those rows that end one.
 
-    Donate `kv` and `state`, which come back.
+    `leaves` may have an adapter in the decoder's linears, the batch says which. Donate `kv` and
+    `state`, which come back.
     """
     fields = shape.layout.unpack(packed)
     model = shape.model.merge(leaves)
-    lora = _lora(shape, adapters, fields["adapter"])
+    lora = _lora(shape, adapters, fields["adapter"], merged=fields["merged"])
     token_T = jnp.where(
         fields["token"] >= 0, fields["token"], state.last_token_R[fields["token_row"]]
     )
@@ -189,6 +190,7 @@ def _lora(
     adapters: AdapterArrays | None,
     adapter_T: jax.Array,
     *,
+    merged: jax.Array | int = -1,
     segments: Segments = "any",
 ) -> LoraBatch | None:
     if adapters is None or not shape.with_lora:
@@ -197,6 +199,7 @@ def _lora(
         adapter_T,
         pools=adapters.pools,
         biases_LSE=adapters.biases_LSE,
+        merged=merged,
         implementation=shape.kernel,
         segments=segments,
     )

@@ -58,15 +58,20 @@ class LoraBatch:
         pools: Mapping[str, LoraPool],
         biases_LSE: Mapping[str, jax.Array],
         implementation: Implementation,
+        merged: jax.Array | int = -1,
         segments: Segments = "any",
     ) -> "LoraBatch":
-        """Cuts the rows into tiles; neighbours with the same adapter share one."""
+        """Cuts the rows into tiles; neighbours with the same adapter share one.
+
+        `merged` is the slot of the adapter that is folded into the weights, or -1: its own rows add
+        nothing, all others subtract it.
+        """
         height = block_rows(adapter_T.shape[0], implementation=implementation, segments=segments)
         return cls(
             pools=pools,
             biases_LSE=biases_LSE,
             adapter_T=adapter_T,
-            tiles=RowTiles.of(adapter_T, block_rows=height),
+            tiles=RowTiles.of(adapter_T, merged=merged, block_rows=height),
             counters=Counters.new() if implementation == "triton" else None,
             implementation=implementation,
             segments=segments,

@@ -1,0 +1,112 @@
+"""What policies must know of an adapter: how much work it is, and whether it can be merged."""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from pallas_kernels.lora_matmul import LoraPool
+from valora_jax.engine.rounds import AdapterTraits
+from valora_jax.engine.weights import DECODER
+from valora_jax.lora.host_store import AdapterRef
+from valora_jax.lora.strength import update_energy
+
+_log = logging.getLogger(__name__)
+
+# Rounding error over update, both as norms, above which an adapter is too weak to be merged. The
+# error is spread over all directions of a matrix and the update over a few, so that far less than
+# this share of an output's change is noise; above it the error is most of what a merge changes.
+_MOST_LOSS = 0.5
+
+
+class PlacedAdapters(Protocol):
+    """What is asked of the engine's adapters."""
+
+    def pages(self, ref: AdapterRef) -> Mapping[str, int]: ...
+    def slot_of(self, ref: AdapterRef) -> int | None: ...
+
+
+class Traits:
+    """Measures each version once, on the device, when its arrays are there.
+
+    Until then it counts as one that cannot be merged. Nothing here waits for the device.
+
+    Attributes:
+      refused: versions that were too weak.
+    """
+
+    def __init__(
+        self,
+        adapters: PlacedAdapters,
+        *,
+        pools: Callable[[], Mapping[str, LoraPool]],
+        rounding_energy: Mapping[str, list[float]] | None,
+    ):
+        """Args:
+        adapters: where versions are.
+        pools: the device's rank pages, as they are now.
+        rounding_energy: site -> of each layer, see `lora.strength`; None merges nothing.
+        """
+        self.refused = 0
+        self._adapters, self._pools, self._rounding = adapters, pools, rounding_energy
+        self._known: dict[AdapterRef, AdapterTraits] = {}
+        self._pending: dict[AdapterRef, dict[str, jax.Array]] = {}
+
+    def __call__(self, ref: AdapterRef) -> AdapterTraits:
+        """Those of a version that some request holds."""
+        if (known := self._known.get(ref)) is not None:
+            return known
+        mergeable = self._measure(ref) if self._rounding is not None else False
+        traits = AdapterTraits(pages=self._mean_pages(ref), mergeable=bool(mergeable))
+        if mergeable is not None:
+            self._known[ref] = traits
+        return traits
+
+    def forget(self, ref: AdapterRef) -> None:
+        """Drops what is known of a version that is gone."""
+        self._known.pop(ref, None)
+        self._pending.pop(ref, None)
+
+    def _measure(self, ref: AdapterRef) -> bool | None:
+        """Whether a version can be merged; None while that is not known."""
+        if (energy := self._pending.get(ref)) is None:
+            if (slot := self._adapters.slot_of(ref)) is not None:
+                decoder = {s: pool for s, pool in self._pools().items() if s.startswith(DECODER)}
+                self._pending[ref] = update_energy(decoder, np.int32(slot))
+            return None
+        if not all(of_site.is_ready() for of_site in energy.values()):
+            return None
+        loss = self._loss(jax.device_get(self._pending.pop(ref)))
+        if loss <= _MOST_LOSS:
+            return True
+        self.refused += 1
+        _log.warning(
+            "adapter %r version %d is served unmerged: rounding merged weights would lose %.0f %% "
+            "of its update, at most %.0f %% are accepted",
+            *(ref.name, ref.version, 100 * loss, 100 * _MOST_LOSS),
+        )
+        return False
+
+    def _loss(self, energy: Mapping[str, np.ndarray]) -> float:
+        """Norm of the rounding error over that of the update, in the linears that are updated."""
+        assert self._rounding is not None
+        update = error = 0.0
+        for site, energy_L in energy.items():
+            changed_L = energy_L > 0
+            update += float(energy_L[changed_L].sum())
+            error += float(np.array(self._rounding[site])[changed_L].sum())
+        # Without a part in the decoder there is nothing to lose.
+        return math.sqrt(error / update) if update else 0.0
+
+    def _mean_pages(self, ref: AdapterRef) -> float:
+        """Pages of a linear of the decoder, weighed by what a page of it holds."""
+        pages, total, weights = self._adapters.pages(ref), 0.0, 0.0
+        for site, pool in self._pools().items():
+            if site.startswith(DECODER):
+                weight = pool.a_RD.shape[1] + pool.b_RE.shape[1]
+                weights += weight
+                total += weight * pages.get(site, 0)
+        return total / weights

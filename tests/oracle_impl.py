@@ -1,25 +1,34 @@
 """The reference kit's protocol over the engine's own step: paged cache, LoraBatch, buckets.
 
+    VALORA_ORACLE_MODE=mixture \
     python check_oracle.py run --impl tests.oracle_impl:Factory --model llava15-tiny
 
-Everything runs in float32 in small steps, so that prompts are chunked and requests share steps.
+Everything runs in float32 in small steps, so that prompts are chunked and requests share steps. The
+mode is "unmerged" unless the variable says "merged", in which a row's own adapter is in the weights
+of all its steps, or "mixture", in which another one is. The engine's counters must say so, too.
 """
 
+import contextlib
 import dataclasses
 import functools
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tests.fixed_policy import decided, fold
 from valora_jax.config import EngineConfig
 from valora_jax.convert import merge_adapter
+from valora_jax.demo.random_adapter import write_random_adapter
 from valora_jax.engine.engine import Engine
+from valora_jax.engine.rounds import EVERYBODY_UNMERGED, Decision
 from valora_jax.engine.sampling_params import SamplingParams
 from valora_jax.lora.adapter import Adapter
 from valora_jax.lora.combine import combine
+from valora_jax.lora.mode import Mode
 from valora_jax.lora.read import read_adapter
 from valora_jax.media.chat import render_chat
 from valora_jax.media.clip_pixels import ClipPixels
@@ -38,7 +47,9 @@ CONFIG = EngineConfig(
     lora_pages=16,
     max_replaced_heads=1,
     warm_up=False,  # most models here answer few requests, each of few shapes
+    policy="unmerged",
 )
+SPARE = "folded in for others"
 
 type Inputs = Mapping[str, np.ndarray]
 
@@ -49,18 +60,68 @@ class Model:
     engine: Engine
     adapters: dict[str, Adapter]
 
+    def run[Result](
+        self,
+        prompts: Sequence[TokensPrompt],
+        adapters: str | Sequence[str | None] | None,
+        ask: Callable[[Sequence[TokensPrompt], Sequence[str | None]], list[Result]],
+    ) -> list[Result]:
+        """Asks the engine for rows, in the mode that the environment wants."""
+        rows = (
+            [adapters] * len(prompts)
+            if adapters is None or isinstance(adapters, str)
+            else [*adapters]
+        )
+        match Mode(os.environ.get("VALORA_ORACLE_MODE", "unmerged")):
+            case Mode.UNMERGED:
+                with self._all_rows_are(Mode.UNMERGED, EVERYBODY_UNMERGED):
+                    return ask(prompts, rows)
+            case Mode.MIXTURE:
+                ref = fold(self.engine, SPARE)
+                with self._all_rows_are(Mode.MIXTURE, Decision(folded=ref)):
+                    return ask(prompts, rows)
+            case Mode.MERGED:
+                results = []
+                for prompt, adapter in zip(prompts, rows, strict=True):
+                    results += self._run_merged(prompt, adapter, ask)
+                return results
+
+    def _run_merged(self, prompt: TokensPrompt, adapter: str | None, ask: Callable) -> list:
+        if adapter is None:  # its merged weights are the base's
+            with self._all_rows_are(Mode.UNMERGED, EVERYBODY_UNMERGED):
+                return ask([prompt], [None])
+        ref = fold(self.engine, adapter)
+        with self._all_rows_are(Mode.MERGED, Decision(folded=ref, only=frozenset([ref]))):
+            return ask([prompt], [adapter])
+
+    @contextlib.contextmanager
+    def _all_rows_are(self, mode: Mode, decision: Decision) -> Iterator[None]:
+        tokens = self.engine.parts.core.modes.tokens
+        tokens.clear()
+        with decided(self.engine, decision):
+            yield
+        # A request that is refused computes nothing.
+        assert {m for m in tokens if tokens[m]} <= {mode}, f"rows ran {dict(tokens)}, not {mode}"
+
 
 class Factory:
     """What the checker calls; see its docstring for the protocol."""
 
     def load(self, checkpoint_dir: str) -> Model:
         engine = Engine(checkpoint_dir, CONFIG, show_progress=False)
+        with tempfile.TemporaryDirectory() as folder:
+            spare = write_random_adapter(Path(folder), model=checkpoint_dir, rank=24, seed=0)
+            engine.load_adapter(SPARE, spare)
         return Model(folder=Path(checkpoint_dir), engine=engine, adapters={})
 
     def forward(
         self, model: Model, inputs: Inputs, adapters: Sequence[str | None] | None = None
     ) -> np.ndarray:
-        rows = model.engine.prompt_logits(_prompts(model, inputs), adapter=adapters)
+        rows = model.run(
+            _prompts(model, inputs),
+            adapters,
+            lambda prompts, names: model.engine.prompt_logits(prompts, adapter=names),
+        )
         mask_BT = inputs["attention_mask"] > 0
         logits_BTV = np.zeros((*mask_BT.shape, rows[0].shape[1]), np.float32)
         for b, logits_TV in enumerate(rows):
@@ -82,7 +143,11 @@ class Factory:
             ignore_eos=True,
             stop_token_ids=eos_token_id or (),
         )
-        outputs = model.engine.generate(_prompts(model, inputs), params, adapter=adapters)
+        outputs = model.run(
+            _prompts(model, inputs),
+            adapters,
+            lambda prompts, names: model.engine.generate(prompts, params, adapter=names),
+        )
         rows = [output.outputs[0].token_ids for output in outputs]
         tokens_BN = np.full((len(rows), max(map(len, rows))), pad_token_id)
         for b, row in enumerate(rows):
@@ -113,7 +178,11 @@ class Factory:
             return self.load(str(out))
 
     def class_logits(self, model: Model, inputs: Inputs, adapter: str) -> np.ndarray:
-        outputs = model.engine.classify(_prompts(model, inputs), adapter=adapter)
+        outputs = model.run(
+            _prompts(model, inputs),
+            adapter,
+            lambda prompts, names: model.engine.classify(prompts, adapter=names),
+        )
         return np.array([output.logits for output in outputs])
 
     def image_features(self, model: Model, inputs: Inputs) -> np.ndarray:

@@ -1,0 +1,233 @@
+"""Merged steps, mixtures and unmerged steps answer the same, whatever is folded in and when."""
+
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+
+from tests.engine.engines import ADAPTER_INDEX, ADAPTERS, answer, engine_of, load, with_images
+from tests.fixed_policy import Fixed, decided, fold
+from valora_jax.engine.rounds import EVERYBODY_UNMERGED, Decision
+from valora_jax.engine.sampling_params import SamplingParams
+from valora_jax.lora.mode import Mode
+
+# Float32 in another order, and weights that were rounded once more; as against transformers.
+TOLERANCE = 5e-4
+SERVED = sorted(
+    name
+    for name, entry in ADAPTER_INDEX.items()
+    if entry["expect"] == "ok" and (ADAPTERS / name).is_dir()
+)
+SPARE = "a19_attn_lm_r8_b"
+PROMPT = with_images("the quick brown fox", 1)
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
+
+
+@pytest.fixture
+def engine():
+    return engine_of()
+
+
+@pytest.fixture
+def modes(engine):
+    modes = engine.parts.core.modes
+    modes.tokens.clear()
+    return modes
+
+
+def only(mode: Mode, modes) -> None:
+    assert {m for m, tokens in modes.tokens.items() if tokens} == {mode}
+
+
+def logits(engine, adapters: list[str | None]) -> list[np.ndarray]:
+    return engine.prompt_logits([PROMPT] * len(adapters), adapter=adapters)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_an_adapter_computes_the_same_merged_as_on_the_base_weights(engine, modes, name):
+    load(engine, name)
+    [want_TV] = logits(engine, [name])
+    ref = fold(engine, name)
+    modes.tokens.clear()
+    with decided(engine, Decision(folded=ref, only=frozenset([ref]))):
+        [got_TV] = logits(engine, [name])
+    only(Mode.MERGED, modes)
+    np.testing.assert_allclose(got_TV, want_TV, atol=TOLERANCE, rtol=0)
+    engine.unload_adapter(name)
+
+
+def test_rows_on_anothers_copy_compute_the_same_as_on_the_base_weights(engine, modes):
+    rows = [None, "a07_patterns", "a17_lm_head_lora", None]
+    load(engine, SPARE, "a07_patterns", "a17_lm_head_lora")
+    want = logits(engine, rows)
+    ref = fold(engine, SPARE)
+    modes.tokens.clear()
+    with decided(engine, Decision(folded=ref)):
+        got = logits(engine, rows)
+        tokens = [output.outputs[0].token_ids for output in generate(engine, rows)]
+    only(Mode.MIXTURE, modes)
+    for got_TV, want_TV in zip(got, want, strict=True):
+        np.testing.assert_allclose(got_TV, want_TV, atol=TOLERANCE, rtol=0)
+    assert tokens == [output.outputs[0].token_ids for output in generate(engine, rows)]
+
+
+def generate(engine, adapters):
+    return engine.generate([PROMPT] * len(adapters), GREEDY, adapter=adapters, show_progress=False)
+
+
+@dataclasses.dataclass
+class Restless:
+    """Wants another mode and another copy all the time."""
+
+    refs: list
+    step: int = 0
+
+    def decide(self, round):
+        self.step += 1
+        merge = self.refs[self.step // 7 % len(self.refs)]
+        usable = round.copy.usable
+        match self.step % 3:
+            case 0 if usable is not None:
+                return Decision(folded=usable, merge=merge)
+            case 1 if usable is not None:
+                return Decision(folded=usable, only=frozenset([usable]), merge=merge)
+        return Decision(merge=merge)
+
+    def forget(self, adapter):
+        pass
+
+
+def test_answers_do_not_depend_on_when_the_mode_changes(engine, modes):
+    names = [None, SPARE, "a03_all_linear_lm_r16", "a17_lm_head_lora"]
+    load(engine, *names[1:])
+    adapters = names * 3
+    prompts = [with_images(f"number {i}", i % 4) for i in range(len(adapters))]
+    params = [dataclasses.replace(GREEDY, max_tokens=4 + 3 * i) for i in range(len(adapters))]
+
+    def tokens():
+        outputs = engine.generate(prompts, params, adapter=adapters, show_progress=False)
+        return [output.outputs[0].token_ids for output in outputs]
+
+    want = tokens()
+    refs = [fold(engine, name) for name in names[1:]]
+    modes.tokens.clear()
+    modes.orchestrator.set_policy(Restless(refs))
+    assert tokens() == want
+    assert all(modes.tokens[mode] > 0 for mode in Mode)
+    assert modes.orchestrator.switches > 3
+    modes.orchestrator.set_policy(Fixed(EVERYBODY_UNMERGED))
+
+
+def test_a_merge_goes_on_in_pieces_between_steps(engine, modes):
+    load(engine, SPARE)
+    ref = fold(engine, "a03_all_linear_lm_r16") and fold(engine, SPARE)
+    orchestrator = modes.orchestrator
+    fold(engine, "a03_all_linear_lm_r16")
+    orchestrator.costs.merge_ms = 1e6  # so slow that each layer has a step of its own
+    orchestrator.set_policy(Fixed(Decision(merge=ref)))
+    fractions = []
+    modes.on_step = lambda ran: fractions.append(orchestrator.copy.fraction)
+    answer(engine, PROMPT, adapter=SPARE, max_tokens=6)
+    modes.on_step = None
+    assert fractions[:4] == [0.5, 0.75, 1.0, 1.0]  # a step is planned before the last one is read
+    assert orchestrator.copy.usable == ref
+    orchestrator.set_policy(Fixed(EVERYBODY_UNMERGED))
+
+
+def test_unloading_the_merged_adapter_drops_its_copy(engine, modes):
+    load(engine, SPARE)
+    ref = fold(engine, SPARE)
+    engine.unload_adapter(SPARE)
+    assert modes.orchestrator.copy.adapter is None
+    load(engine, SPARE)
+    # A policy that still asks for the version that is gone changes nothing.
+    with decided(engine, Decision(folded=ref, merge=ref)):
+        want = answer(engine, PROMPT, adapter=SPARE, max_tokens=4).token_ids
+    assert answer(engine, PROMPT, adapter=SPARE, max_tokens=4).token_ids == want
+
+
+def test_an_adapter_that_a_running_request_brings_stays_merged_when_its_name_goes(engine, modes):
+    load(engine, SPARE)
+    ref = fold(engine, SPARE)
+    want = answer(engine, PROMPT, adapter=SPARE, max_tokens=6).token_ids
+    with decided(engine, Decision(folded=ref)):
+        outputs = engine.stream(PROMPT, dataclasses.replace(GREEDY, max_tokens=6), adapter=SPARE)
+        next(outputs)
+        engine.unload_adapter(SPARE)
+        assert modes.orchestrator.copy.usable == ref
+        *_, last = outputs
+    assert last.outputs[0].token_ids == want
+    assert modes.orchestrator.copy.adapter is None
+
+
+def test_a_merge_whose_requests_are_aborted_is_left_and_taken_up_again(engine, modes):
+    load(engine, SPARE, "a03_all_linear_lm_r16")
+    ref = fold(engine, SPARE)
+    fold(engine, "a03_all_linear_lm_r16")
+    modes.orchestrator.costs.merge_ms = 1e6
+    with decided(engine, Decision(merge=ref)):
+        outputs = engine.stream(PROMPT, GREEDY, adapter=SPARE)
+        next(outputs)
+        outputs.close()
+        begun = modes.orchestrator.copy
+        assert begun.adapter == ref
+        assert begun.usable is None
+        answer(engine, PROMPT, adapter=SPARE, max_tokens=8)
+    assert modes.orchestrator.copy.usable == ref
+    modes.orchestrator.costs.merge_ms = 10.0
+
+
+def test_steps_are_timed_unless_something_was_compiled_for_them(engine, modes):
+    ran = []
+    modes.on_step = ran.append
+    answer(engine, PROMPT, max_tokens=6)
+    modes.on_step = None
+    assert len(ran) == 6 or len(ran) > 6  # the prompt may take several
+    assert all(step.ms >= 0 for step in ran)
+    starts = [step.start_s for step in ran]
+    assert starts == sorted(starts)
+    assert sum(modes.orchestrator.seconds.values()) > 0
+
+
+def test_without_a_copy_nobody_is_merged_and_everybody_served():
+    engine = engine_of(merge="off", policy="valora", warm_up=False)
+    load(engine, SPARE)
+    modes = engine.parts.core.modes
+    assert modes.copy is None
+    want = answer(engine_of(), PROMPT, max_tokens=4).token_ids
+    assert answer(engine, PROMPT, max_tokens=4).token_ids == want
+    answer(engine, PROMPT, adapter=SPARE, max_tokens=4)
+    assert set(modes.tokens) == {Mode.UNMERGED}
+
+
+@pytest.mark.parametrize("policy", ["valora", "merged", "dlora"])
+def test_every_policy_serves_everybody(policy):
+    names = [None, SPARE, "a03_all_linear_lm_r16", SPARE]
+    wanted = engine_of()
+    load(wanted, *names[1:])
+    want = [output.outputs[0].token_ids for output in generate(wanted, names)]
+    engine = engine_of(policy=policy, warm_up=False, max_wait_s=0.05)
+    load(engine, *names[1:])
+    for _ in range(3):
+        assert [output.outputs[0].token_ids for output in generate(engine, names)] == want
+
+
+def test_a_weak_adapter_is_refused_once_and_still_served(caplog):
+    engine = engine_of(dtype="bfloat16", warm_up=False)
+    modes = engine.parts.core.modes
+    load(engine, SPARE)
+    engine.combine_adapters("weak", {SPARE: 1e-4})
+    with caplog.at_level(logging.WARNING):
+        for name in (SPARE, "weak"):
+            ref = fold(engine, name)
+            for _ in range(2):  # the first asks the device
+                modes.traits(ref)
+                next(iter(modes.traits._pending.get(ref, {"": None}).values()), None)
+            np.asarray(engine.prompt_logits([PROMPT], adapter=name)[0])
+            assert modes.traits(ref).mergeable == (name == SPARE)
+    [line] = [r.getMessage() for r in caplog.records if "served unmerged" in r.getMessage()]
+    assert "'weak'" in line
+    assert modes.traits.refused == 1

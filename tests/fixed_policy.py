@@ -1,4 +1,4 @@
-"""A policy that decides the same for every step, and what folds an adapter in for it."""
+"""Policies that decide by no time: always the same, or something else at every step."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from valora_jax.engine.engine import Engine
 from valora_jax.engine.policies import make_policy
-from valora_jax.engine.rounds import Adapter, Decision, Round
+from valora_jax.engine.rounds import Adapter, Decision, Policy, Round
 from valora_jax.engine.sampling_params import SamplingParams
 from valora_jax.lora.host_store import AdapterRef
 
@@ -24,6 +24,28 @@ class Fixed:
         pass
 
 
+@dataclasses.dataclass
+class Restless:
+    """Wants another mode at every step, and another copy every few; never the same for long."""
+
+    steps: int = 0
+
+    def decide(self, round: Round) -> Decision:
+        self.steps += 1
+        requests = [*round.running, *round.waiting]
+        merge = requests[self.steps // 5 % len(requests)].adapter
+        usable = round.copy.usable
+        match self.steps % 3:
+            case 0 if usable is not None:
+                return Decision(folded=usable, merge=merge)
+            case 1 if usable is not None:
+                return Decision(folded=usable, only=frozenset([usable]), merge=merge)
+        return Decision(merge=merge)
+
+    def forget(self, adapter: Adapter) -> None:
+        pass
+
+
 def fold(engine: Engine, name: str) -> AdapterRef:
     """Makes the engine's copy one of this adapter, whole."""
     # One that a request has brought is on the device.
@@ -35,11 +57,16 @@ def fold(engine: Engine, name: str) -> AdapterRef:
     return output.adapter
 
 
-@contextlib.contextmanager
-def decided(engine: Engine, decision: Decision) -> Iterator[None]:
+def decided(engine: Engine, decision: Decision) -> contextlib.AbstractContextManager[None]:
     """All steps meanwhile run like this."""
+    return ruled_by(engine, Fixed(decision))
+
+
+@contextlib.contextmanager
+def ruled_by(engine: Engine, policy: Policy) -> Iterator[None]:
+    """This policy decides meanwhile."""
     orchestrator = engine.parts.core.modes.orchestrator
-    orchestrator.set_policy(Fixed(decision))
+    orchestrator.set_policy(policy)
     try:
         yield
     finally:

@@ -15,8 +15,11 @@ from tests.engine.engines import (
     load,
     with_images,
 )
+from tests.fixed_policy import Fixed, Restless, ruled_by
 from valora_jax.engine.outputs import RequestOutput
+from valora_jax.engine.rounds import EVERYBODY_UNMERGED
 from valora_jax.engine.sampling_params import SamplingParams
+from valora_jax.lora.mode import Mode
 
 REQUESTS, MOST_TOKENS, MOST_AT_ONCE = 200, 60, 24
 # Ranks 4 to 64 in more versions than there are slots; three of them change the tower or projector.
@@ -131,10 +134,16 @@ class Traffic:
 
 
 @pytest.mark.slow
-def test_random_traffic_answers_as_each_request_alone_and_leaves_nothing():
+@pytest.mark.parametrize("policy", [Fixed(EVERYBODY_UNMERGED), Restless()], ids=["unmerged", "all"])
+def test_random_traffic_answers_as_each_request_alone_and_leaves_nothing(policy):
     traffic = Traffic(random.Random(0))
-    traffic.run()
+    tokens = traffic.engine.parts.core.modes.tokens
+    tokens.clear()
+    with ruled_by(traffic.engine, policy):
+        traffic.run()
     assert_nothing_is_held()
+    modes = {Mode.UNMERGED} if isinstance(policy, Fixed) else set(Mode)
+    assert {mode for mode in Mode if tokens[mode] > 100} == modes
     assert traffic.compared > 0.8 * REQUESTS * MOST_TOKENS / 2
     assert traffic.preempted > 10
     assert traffic.cached > 500

@@ -88,3 +88,20 @@ def test_the_plan_is_shown_as_a_table():
 
 def test_the_device_has_free_memory():
     assert free_device_bytes() > 2**20
+
+
+@pytest.mark.parametrize(
+X
+)
+def test_a_merged_copy_may_take_half_of_what_the_cache_could_have(copy_bytes, kept):
+    config = EngineConfig(max_requests=64, image_slots=1, memory_fraction=1.0, page_tokens=16)
+    sizes = dict(dtype=np.dtype(np.float32), weights_bytes=0, adapters_bytes=0)
+    free_bytes = (
+        1_000_000
+        + MemoryPlan.make(config, SPEC, copy_bytes=0, free_bytes=10**9, **sizes).features_bytes
+    )
+    without = MemoryPlan.make(config, SPEC, copy_bytes=0, free_bytes=free_bytes, **sizes)
+    plan = MemoryPlan.make(config, SPEC, copy_bytes=copy_bytes, free_bytes=free_bytes, **sizes)
+    assert plan.copy_bytes == (copy_bytes if kept else 0)
+    lost_bytes = (without.kv_pages - plan.kv_pages) * plan.page_bytes
+    assert abs(lost_bytes - plan.copy_bytes) <= plan.page_bytes

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.engine.engines import ADAPTER_INDEX, ADAPTERS, answer, engine_of, load, with_images
-from tests.fixed_policy import Fixed, decided, fold
-from valora_jax.engine.rounds import EVERYBODY_UNMERGED, Decision
+from tests.fixed_policy import Restless, decided, fold, ruled_by
+from valora_jax.engine.rounds import Decision
 from valora_jax.engine.sampling_params import SamplingParams
 from valora_jax.lora.mode import Mode
 
@@ -78,28 +78,6 @@ def generate(engine, adapters):
     return engine.generate([PROMPT] * len(adapters), GREEDY, adapter=adapters, show_progress=False)
 
 
-@dataclasses.dataclass
-class Restless:
-    """Wants another mode and another copy all the time."""
-
-    refs: list
-    step: int = 0
-
-    def decide(self, round):
-        self.step += 1
-        merge = self.refs[self.step // 7 % len(self.refs)]
-        usable = round.copy.usable
-        match self.step % 3:
-            case 0 if usable is not None:
-                return Decision(folded=usable, merge=merge)
-            case 1 if usable is not None:
-                return Decision(folded=usable, only=frozenset([usable]), merge=merge)
-        return Decision(merge=merge)
-
-    def forget(self, adapter):
-        pass
-
-
 def test_answers_do_not_depend_on_when_the_mode_changes(engine, modes):
     names = [None, SPARE, "a03_all_linear_lm_r16", "a17_lm_head_lora"]
     load(engine, *names[1:])
@@ -112,13 +90,11 @@ def test_answers_do_not_depend_on_when_the_mode_changes(engine, modes):
         return [output.outputs[0].token_ids for output in outputs]
 
     want = tokens()
-    refs = [fold(engine, name) for name in names[1:]]
     modes.tokens.clear()
-    modes.orchestrator.set_policy(Restless(refs))
-    assert tokens() == want
+    with ruled_by(engine, Restless()):
+        assert tokens() == want
+        assert modes.orchestrator.switches > 3
     assert all(modes.tokens[mode] > 0 for mode in Mode)
-    assert modes.orchestrator.switches > 3
-    modes.orchestrator.set_policy(Fixed(EVERYBODY_UNMERGED))
 
 
 def test_a_merge_goes_on_in_pieces_between_steps(engine, modes):
@@ -127,14 +103,13 @@ def test_a_merge_goes_on_in_pieces_between_steps(engine, modes):
     orchestrator = modes.orchestrator
     fold(engine, "a03_all_linear_lm_r16")
     orchestrator.costs.merge_ms = 1e6  # so slow that each layer has a step of its own
-    orchestrator.set_policy(Fixed(Decision(merge=ref)))
     fractions = []
     modes.on_step = lambda ran: fractions.append(orchestrator.copy.fraction)
-    answer(engine, PROMPT, adapter=SPARE, max_tokens=6)
+    with decided(engine, Decision(merge=ref)):
+        answer(engine, PROMPT, adapter=SPARE, max_tokens=6)
     modes.on_step = None
     assert fractions[:4] == [0.5, 0.75, 1.0, 1.0]  # a step is planned before the last one is read
     assert orchestrator.copy.usable == ref
-    orchestrator.set_policy(Fixed(EVERYBODY_UNMERGED))
 
 
 def test_unloading_the_merged_adapter_drops_its_copy(engine, modes):
@@ -190,6 +165,23 @@ def test_steps_are_timed_unless_something_was_compiled_for_them(engine, modes):
     starts = [step.start_s for step in ran]
     assert starts == sorted(starts)
     assert sum(modes.orchestrator.seconds.values()) > 0
+
+
+def test_the_engine_counts_what_its_steps_did(engine, modes):
+    load(engine, SPARE)
+    before = engine.metrics()
+    ref = fold(engine, SPARE)
+    with decided(engine, Decision(folded=ref, only=frozenset([ref]))):
+        answer(engine, PROMPT, adapter=SPARE, max_tokens=4)
+        during = engine.metrics()
+    assert during.folded == ref
+    assert ref in during.resident
+    assert during.mode_tokens[Mode.MERGED] > 4
+    assert during.mode_seconds[Mode.MERGED] > 0
+    assert during.finished["length"] > before.finished.get("length", 0)
+    assert (during.running, during.waiting) == (0, 0)
+    assert during.adapter_uploads >= before.adapter_uploads
+    assert (during.refused_merges, during.interrupted_merges) == (0, 0)
 
 
 def test_without_a_copy_nobody_is_merged_and_everybody_served():

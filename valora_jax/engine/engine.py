@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from valora_jax.config import EngineConfig
 from valora_jax.engine.adapters import EngineAdapters
 from valora_jax.engine.generation import CheckedPrompt, Generation, Prompts
+from valora_jax.engine.metrics import EngineMetrics
 from valora_jax.engine.outputs import ClassificationOutput, RequestOutput
 from valora_jax.engine.sampling_params import SamplingParams
 from valora_jax.engine.start import Parts, start
@@ -180,7 +181,15 @@ class Engine:
             if not classes:
                 raise ValueError(f"adapter {name!r} has no task head; call generate")
         done = self._run_once(prompts, names, classify=True)
-        return [self._classified(generation) for generation in done]
+        outputs = []
+        for generation in done:
+            output, all_C = generation.output(), generation.jobs[0].classes
+            ref = output.adapter
+            assert ref is not None  # `_check_adapters` saw its name
+            assert all_C is not None  # the request has run
+            classes = self._with_adapters(lambda adapters, ref=ref: adapters.classes(ref))
+            outputs.append(ClassificationOutput.of(output, all_C[:classes]))
+        return outputs
 
     def prompt_logits(
         self, prompts: Sequence[Prompt], *, adapter: str | Sequence[str | None] | None = None
@@ -235,6 +244,11 @@ class Engine:
         """
         return self._with_adapters(lambda adapters: adapters.combine(name, parts, kind=kind))
 
+    def metrics(self) -> EngineMetrics:
+        """What the engine has counted so far."""
+        with self._lock:
+            return EngineMetrics.of(self._core)
+
     def _with_adapters[Result](self, do: Callable[[EngineAdapters], Result]) -> Result:
         if self._core.adapters is None:
             raise ValueError("this engine serves no adapters; raise EngineConfig.max_adapters")
@@ -255,20 +269,6 @@ class Engine:
         params = SamplingParams(temperature=0, max_tokens=1)
         checked = [self._prompts.check(prompt, params, **wants) for prompt in prompts]
         return self._run_all(checked, adapters, shown=False)
-
-    def _classified(self, generation: Generation) -> ClassificationOutput:
-        output, all_C = generation.output(), generation.jobs[0].classes
-        ref = output.adapter
-        assert ref is not None  # `_check_adapters` saw its name
-        assert all_C is not None  # the request has run
-        logits_C = all_C[: self._with_adapters(lambda adapters: adapters.classes(ref))]
-        exp_C = np.exp(logits_C - logits_C.max())
-        return ClassificationOutput(
-            prompt_token_ids=output.prompt_token_ids,
-            logits=logits_C.tolist(),
-            probs=(exp_C / exp_C.sum()).tolist(),
-            adapter=ref,
-        )
 
     def _start(self, checked: CheckedPrompt, adapter: str | None) -> Generation:
         """Queues a prompt; raises OutOfCapacityError, with nothing held, when the queue is full."""

@@ -95,7 +95,7 @@ class Traits:
         assert self._rounding is not None
         update = error = 0.0
         for site, energy_L in energy.items():
-            changed_L = energy_L > 0
+            changed_L = energy_L != 0  # NaN is a change, too
             update += float(energy_L[changed_L].sum())
             error += float(np.array(self._rounding[site])[changed_L].sum())
         # Without a part in the decoder there is nothing to lose.

@@ -6,6 +6,7 @@ timed as they end on the device, without waiting for it.
 
 import collections
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +23,8 @@ from valora_jax.lora.merged_copy import MergedCopy
 from valora_jax.lora.mode import Mode
 from valora_jax.lora.residency import REPLACED_HEADS
 from valora_jax.models.spec import HEAD_SITE
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -198,6 +201,7 @@ class Modes:
             return  # it is still to be placed, or was evicted
         if self.orchestrator.copy.adapter != ref:
             self._merge = _Merge()
+            _log.debug("folding in adapter %r version %d", ref.name, ref.version)
         merge, layers = self._merge, self.copy.layers
         some = int(layers * self._merge_chunk_ms / self.orchestrator.costs.merge_ms)
         stop = min(merge.layers + max(1, some), layers)

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+
 from valora_jax.engine.request import FinishReason
 from valora_jax.lora.host_store import AdapterRef
 
@@ -86,3 +88,15 @@ class ClassificationOutput:
     logits: Sequence[float]
     probs: Sequence[float]
     adapter: AdapterRef
+
+    @classmethod
+    def of(cls, output: "RequestOutput", logits_C: np.ndarray) -> "ClassificationOutput":
+        """The answer to a prompt that ran under an adapter, from the logits of its classes."""
+        assert output.adapter is not None
+        exp_C = np.exp(logits_C - logits_C.max())
+        return cls(
+            prompt_token_ids=output.prompt_token_ids,
+            logits=logits_C.tolist(),
+            probs=(exp_C / exp_C.sum()).tolist(),
+            adapter=output.adapter,
+        )

@@ -1,0 +1,101 @@
+"""Traits: measured once, without waiting; weak adapters are refused once and said so."""
+
+import dataclasses
+import logging
+
+import jax.numpy as jnp
+import pytest
+
+from tests.lora.test_merged_copy import pools
+from valora_jax.engine.mergeable import Traits
+from valora_jax.lora.host_store import AdapterRef
+
+REF = AdapterRef(name="style", version=3)
+
+
+@dataclasses.dataclass
+class Placed:
+    slot: int | None = 1
+
+    def pages(self, ref):
+        return {"decoder.q": 2, "decoder.o": 1}
+
+    def slot_of(self, ref):
+        return self.slot
+
+
+def traits(adapters, *, error: float | None) -> Traits:
+    rounding = None if error is None else {site: [error, error] for site in pools()}
+    return Traits(adapters, pools=pools, rounding_energy=rounding)
+
+
+def settled(of: Traits):
+    """Asks until the device has answered."""
+    found = of(REF)
+    while of._pending:
+        for energy in of._pending.get(REF, {}).values():
+            energy.block_until_ready()
+        found = of(REF)
+    return found
+
+
+def test_pages_are_a_mean_weighed_by_width():
+    of = traits(Placed(), error=0.0)
+    # Widths in and out: 32 + 16 of q, 32 + 48 of k, 32 + 32 of o.
+    assert of(REF).pages == pytest.approx((2 * 48 + 64) / (48 + 80 + 64))
+
+
+@pytest.mark.parametrize(("error", "mergeable"), [(0.0, True), (1.0, True), (1e6, False)])
+def test_what_rounding_would_lose_decides(error, mergeable):
+    of = traits(Placed(), error=error)
+    assert not of(REF).mergeable  # it is being measured
+    assert settled(of).mergeable == mergeable
+    assert of.refused == (not mergeable)
+
+
+def test_a_refusal_is_logged_once(caplog):
+    of = traits(Placed(), error=1e6)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            settled(of)
+    [record] = caplog.records
+    assert "adapter 'style' version 3 is served unmerged" in record.getMessage()
+
+
+def test_an_adapter_that_is_not_placed_is_measured_when_it_is():
+    adapters = Placed(slot=None)
+    of = traits(adapters, error=0.0)
+    assert not settled(of).mergeable
+    adapters.slot = 1
+    assert settled(of).mergeable
+
+
+def test_without_a_part_in_the_decoder_there_is_nothing_to_lose():
+    of = traits(Placed(slot=2), error=1e6)
+    assert settled(of).mergeable
+
+
+def test_an_adapter_that_is_not_a_number_is_refused():
+    broken = {
+        site: dataclasses.replace(pool, a_RD=jnp.full_like(pool.a_RD, jnp.nan))
+        for site, pool in pools().items()
+    }
+    of = Traits(
+        Placed(), pools=lambda: broken, rounding_energy={site: [0.0, 0.0] for site in broken}
+    )
+    assert not settled(of).mergeable
+    assert of.refused == 1
+
+
+def test_nothing_is_measured_where_nothing_is_merged():
+    of = traits(Placed(), error=None)
+    assert not of(REF).mergeable
+    assert of._pending == {}
+    assert of.refused == 0
+
+
+def test_a_version_that_is_gone_is_forgotten():
+    of = traits(Placed(), error=0.0)
+    settled(of)
+    of.forget(REF)
+    assert of._known == {}

@@ -48,13 +48,13 @@ class Restless:
 
 def fold(engine: Engine, name: str) -> AdapterRef:
     """Makes the engine's copy one of this adapter, whole."""
-    # One that a request has brought is on the device.
-    (output,) = engine.generate(
-        {"prompt_token_ids": [5]}, SamplingParams(max_tokens=1), adapter=name, show_progress=False
-    )
-    assert output.adapter is not None
-    engine.parts.core.modes.merge(output.adapter)
-    return output.adapter
+    orchestrator = engine.parts.core.modes.orchestrator
+    [ref] = [i.ref for i in engine.list_adapters() if i.current and i.ref.name == name]
+    few = SamplingParams(max_tokens=2, ignore_eos=True)
+    with decided(engine, Decision(merge=ref)):
+        while orchestrator.copy.usable != ref:
+            engine.generate({"prompt_token_ids": [5]}, few, adapter=name, show_progress=False)
+    return ref
 
 
 def decided(engine: Engine, decision: Decision) -> contextlib.AbstractContextManager[None]:

@@ -91,7 +91,7 @@ def test_the_device_has_free_memory():
 
 
 @pytest.mark.parametrize(
-X
+    ("copy_bytes", "kept"), [(100_000, True), (300_000, True), (600_000, False)]
 )
 def test_a_merged_copy_may_take_half_of_what_the_cache_could_have(copy_bytes, kept):
     config = EngineConfig(max_requests=64, image_slots=1, memory_fraction=1.0, page_tokens=16)

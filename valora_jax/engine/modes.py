@@ -179,11 +179,6 @@ class Modes:
                 )
             )
 
-    def merge(self, ref: AdapterRef) -> None:
-        """Enqueues all of the copy of a version whose arrays are on the device."""
-        while self.orchestrator.copy.usable != ref:
-            self._merge_some(ref)
-
     def forget(self, ref: AdapterRef) -> None:
         """Drops a version that no request will bring again."""
         self.orchestrator.forget(ref)
@@ -197,8 +192,8 @@ class Modes:
     def _merge_some(self, ref: AdapterRef) -> None:
         """Enqueues some more layers of a version's copy, or begins it."""
         slot = self._adapters.slot_of(ref)
-        if self.copy is None or slot is None:
-            return  # it is still to be placed, or was evicted
+        if self.copy is None or slot is None or self.orchestrator.copy.usable == ref:
+            return  # it is still to be placed, was evicted, or is folded in
         if self.orchestrator.copy.adapter != ref:
             self._merge = _Merge()
             _log.debug("folding in adapter %r version %d", ref.name, ref.version)

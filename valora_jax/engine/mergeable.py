@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from pallas_kernels.lora_matmul import LoraPool
-from valora_jax.engine.rounds import AdapterTraits
+from valora_jax.engine.rounds import Adapter, AdapterTraits
 from valora_jax.engine.weights import DECODER
 from valora_jax.lora.host_store import AdapterRef
 from valora_jax.lora.strength import update_energy
@@ -55,8 +55,9 @@ class Traits:
         self._known: dict[AdapterRef, AdapterTraits] = {}
         self._pending: dict[AdapterRef, dict[str, jax.Array]] = {}
 
-    def __call__(self, ref: AdapterRef) -> AdapterTraits:
+    def __call__(self, ref: Adapter) -> AdapterTraits:
         """Those of a version that some request holds."""
+        assert isinstance(ref, AdapterRef)  # the engine's requests bring no others
         if (known := self._known.get(ref)) is not None:
             return known
         mergeable = self._measure(ref) if self._rounding is not None else False
@@ -77,7 +78,8 @@ class Traits:
                 decoder = {s: pool for s, pool in self._pools().items() if s.startswith(DECODER)}
                 self._pending[ref] = update_energy(decoder, np.int32(slot))
             return None
-        if not all(of_site.is_ready() for of_site in energy.values()):
+        # Types of jax lack `is_ready`, its documentation has it.
+        if not all(x.is_ready() for x in energy.values()):  # pyright: ignore[reportAttributeAccessIssue]
             return None
         loss = self._loss(jax.device_get(self._pending.pop(ref)))
         if loss <= _MOST_LOSS:

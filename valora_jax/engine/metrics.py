@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from valora_jax.engine.core import EngineCore
+from valora_jax.engine.request import FinishReason
 from valora_jax.lora.host_store import AdapterRef
 from valora_jax.lora.mode import Mode
 
@@ -29,7 +30,7 @@ class EngineMetrics:
 
     running: int
     waiting: int
-    finished: Mapping[str, int]
+    finished: Mapping[FinishReason, int]
     preemptions: int
     mode_seconds: Mapping[Mode, float]
     mode_tokens: Mapping[Mode, int]

@@ -71,7 +71,7 @@ class Sampled:
 
     def is_ready(self) -> bool:
         """Whether the step has ended."""
-        return self.token_S.is_ready()
+        return self.token_S.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
 
     def to_numpy(self) -> "Sampled":
         """The same as NumPy arrays; waits for the step."""

@@ -1,6 +1,7 @@
 """The model as steps take it: a module without weights, flat lists of them, and the merged copy."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -80,7 +81,8 @@ def _split(
 
 def _merged_linears(shape: ModelShape, leaves: int) -> list[MergedLinear]:
     """The decoder's linears, found in a module that has places in the list for weights."""
-    model = shape.merge([np.int32(place) for place in range(leaves)])
+    places: Any = [np.int32(place) for place in range(leaves)]
+    model: Any = shape.merge(places)
     return [
         MergedLinear(
             leaf=int(module.kernel.get_value()),

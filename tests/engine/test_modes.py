@@ -108,7 +108,10 @@ def test_a_merge_goes_on_in_pieces_between_steps(engine, modes):
     with decided(engine, Decision(merge=ref)):
         answer(engine, PROMPT, adapter=SPARE, max_tokens=6)
     modes.on_step = None
-    assert fractions[:4] == [0.5, 0.75, 1.0, 1.0]  # a step is planned before the last one is read
+    # Steps are planned before the last ones are read.
+    assert fractions == sorted(fractions)
+    assert set(fractions[1:]) >= {0.75, 1.0}
+    assert len(set(fractions)) == len([f for f in fractions if f < 1]) + 1
     assert orchestrator.copy.usable == ref
 
 

@@ -28,7 +28,7 @@ def test_help_of_generate_has_the_fields_of_both_dataclasses(capsys):
     with pytest.raises(SystemExit) as end:
         main(["generate", "--help"])
     assert end.value.code == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())  # as if on one line
     for part in ("--temperature", "--stop", "(default: 256)", "--engine.max-adapters", "--seed"):
         assert part in text
 

@@ -17,7 +17,8 @@ from valora_jax.engine.sampling_params import SamplingParams
 # In a clone; an installed package has no examples beside it.
 PHOTOGRAPHS = Path(__file__).parents[2] / "examples" / "images"
 
-# Few shapes, compiled when first met, so that the first token comes soon.
+# Few shapes, compiled when first met, so that the first token comes soon; too few requests for a
+# merge to pay.
 ENGINE = EngineConfig(
     max_requests=4,
     max_tokens_per_step=64,
@@ -26,6 +27,7 @@ ENGINE = EngineConfig(
     max_adapters=4,
     lora_pages=4,
     projector_lora_pages=4,
+    merge="off",
     warm_up=False,
 )
 

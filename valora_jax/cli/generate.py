@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 _SAMPLING = SamplingParams(temperature=0.0, max_tokens=256)
-# Shapes compile when they are first met: one prompt needs few of them.
-_ENGINE = EngineConfig(warm_up=False)
+# Shapes compile when they are first met: one prompt needs few of them, and no merged weights.
+_ENGINE = EngineConfig(warm_up=False, merge="off")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

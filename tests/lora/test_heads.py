@@ -7,6 +7,7 @@ import pytest
 
 from tests.lora.llava_tiny import GOLDENS, TARGET
 from valora_jax.lora.adapter import Adapter, TaskHead
+from valora_jax.lora.blocks import pages_needed
 from valora_jax.lora.heads import (
     HeadPool,
     TaskHeadPool,
@@ -15,7 +16,6 @@ from valora_jax.lora.heads import (
     replaced_logits,
 )
 from valora_jax.lora.host_store import AdapterRef
-from valora_jax.lora.pool import pages_needed
 from valora_jax.lora.read import read_adapter
 from valora_jax.lora.residency import REPLACED_HEADS, Placement, Residency
 
@@ -45,7 +45,7 @@ def task_adapter(classes: int, *, bias: bool) -> Adapter:
 
 
 def at(slot: int) -> Placement:
-    return Placement(slot=slot, pages={}, fresh=True)
+    return Placement(slot=slot, pages={})
 
 
 def hidden(rows: int) -> np.ndarray:
@@ -61,13 +61,17 @@ def head_pool(*, heads: int, dtype=jnp.float32) -> HeadPool:
     return HeadPool(TARGET, heads=heads, slots=SLOTS, dtype=dtype)
 
 
+def write(pool: HeadPool | TaskHeadPool, adapter: Adapter, placement: Placement) -> None:
+    pool.write(jax.device_put(pool.blocks(adapter)), placement)
+
+
 def load(pool: HeadPool, residency: Residency, adapter: Adapter) -> int:
     """Returns the slot."""
     ref = AdapterRef(name=adapter.name, version=1)
-    placement = residency.acquire(ref, pages_needed(adapter))
+    placement = residency.place(ref, pages_needed(adapter))
     assert placement is not None
-    pool.upload(adapter, placement)
-    return placement.slot
+    write(pool, adapter, placement)
+    return residency.acquire(ref)
 
 
 def test_rows_with_a_replaced_head_get_its_logits_and_others_the_base_s():
@@ -98,8 +102,8 @@ def test_where_no_row_has_a_replaced_head_the_base_is_untouched():
 
 def test_a_slot_keeps_no_head_of_its_last_adapter():
     pool = head_pool(heads=1)
-    pool.upload(with_head("one", 5), Placement(slot=1, pages={REPLACED_HEADS: (1,)}, fresh=True))
-    pool.upload(golden("a21_binfile"), at(1))
+    write(pool, with_head("one", 5), Placement(slot=1, pages={REPLACED_HEADS: (1,)}))
+    write(pool, golden("a21_binfile"), at(1))
     base_SV, adapter_S = np.ones((1, V), np.float32), np.array([1], np.int32)
     np.testing.assert_array_equal(step(base_SV, hidden(1), pool.heads, adapter_S), base_SV)
 
@@ -109,7 +113,7 @@ def test_more_replaced_heads_than_fit_take_turns():
     first, second, third = (with_head(f"h{i}", i) for i in range(3))
     for adapter in (first, second):
         load(pool, residency, adapter)
-    assert residency.acquire(AdapterRef(name="h2", version=1), pages_needed(third)) is None
+    assert residency.place(AdapterRef(name="h2", version=1), pages_needed(third)) is None
     residency.release(AdapterRef(name="h0", version=1))
     slot = load(pool, residency, third)
     adapter_S, hidden_SD = np.array([slot], np.int32), hidden(1)
@@ -118,7 +122,7 @@ def test_more_replaced_heads_than_fit_take_turns():
     np.testing.assert_allclose(got_SV, want_SV, **FLOAT32)
 
 
-def test_uploads_compile_nothing_after_warm_up_and_happen_in_place():
+def test_writes_compile_nothing_after_warm_up_and_happen_in_place():
     heads = head_pool(heads=2, dtype=jnp.bfloat16)
     tasks = TaskHeadPool(TARGET, slots=SLOTS, max_classes=8)
     heads.warm_up()
@@ -133,9 +137,9 @@ def test_uploads_compile_nothing_after_warm_up_and_happen_in_place():
     jax.config.update("jax_no_tracing", True)
     try:
         for page, adapter in enumerate([golden("a09_lm_head_saved"), with_head("h", 3)], start=1):
-            heads.upload(adapter, Placement(slot=0, pages={REPLACED_HEADS: (page,)}, fresh=True))
+            write(heads, adapter, Placement(slot=0, pages={REPLACED_HEADS: (page,)}))
         for slot, adapter in enumerate([golden("a10_new_head"), task_adapter(3, bias=True)]):
-            tasks.upload(adapter, at(slot))
+            write(tasks, adapter, at(slot))
     finally:
         jax.config.update("jax_no_tracing", False)
     assert pointers() == before
@@ -144,7 +148,7 @@ def test_uploads_compile_nothing_after_warm_up_and_happen_in_place():
 def test_no_room_for_heads_takes_no_memory():
     pool = head_pool(heads=0)
     pool.warm_up()
-    pool.upload(golden("a10_new_head"), at(0))  # brings no replaced head
+    write(pool, golden("a10_new_head"), at(0))  # brings no replaced head
     assert pool.heads.heads_DV == ()
 
 
@@ -158,7 +162,7 @@ def test_each_row_is_classified_by_its_own_head():
     tasks = TaskHeadPool(TARGET, slots=SLOTS, max_classes=8)
     adapters = {0: golden("a10_new_head"), 2: task_adapter(3, bias=True)}
     for slot, adapter in adapters.items():
-        tasks.upload(adapter, at(slot))
+        write(tasks, adapter, at(slot))
     rows, hidden_SD = np.array([2, -1, 0, 2], np.int32), hidden(4)
     got_SC = jax.jit(class_logits)(hidden_SD, tasks.heads, rows)
     want_SC = np.zeros((4, 8))
@@ -173,7 +177,7 @@ def test_each_row_is_classified_by_its_own_head():
 def test_a_slot_keeps_nothing_of_a_larger_head_before():
     tasks = TaskHeadPool(TARGET, slots=1, max_classes=8)
     for adapter in (task_adapter(7, bias=True), task_adapter(2, bias=False)):
-        tasks.upload(adapter, at(0))
+        write(tasks, adapter, at(0))
     got_SC = class_logits(jnp.asarray(hidden(1)), tasks.heads, jnp.array([0]))
     assert not got_SC[:, 2:].any()
 
@@ -193,6 +197,6 @@ def test_a_task_head_that_is_too_large_is_refused(max_classes, refused):
 def test_heads_are_rounded_once_to_the_type_of_the_pool():
     pool, adapter = head_pool(heads=1, dtype=jnp.bfloat16), golden("a09_lm_head_saved")
     adapter = dataclasses.replace(adapter, replaced_head_VD=np.float32(adapter.replaced_head_VD))
-    pool.upload(adapter, Placement(slot=0, pages={REPLACED_HEADS: (1,)}, fresh=True))
+    write(pool, adapter, Placement(slot=0, pages={REPLACED_HEADS: (1,)}))
     want_VD = adapter.replaced_head_VD.astype(jnp.bfloat16)
     np.testing.assert_array_equal(pool.heads.heads_DV[0], want_VD.T)

@@ -186,6 +186,22 @@ def test_the_list_says_what_is_bound():
     assert info.size_bytes == 2 * 2 * 64 * 256 * 2
 
 
+def test_versions_and_their_users_are_looked_up_without_a_list():
+    store = make_store()
+    ref = store.register(make("cars"), path=None)
+    store.hold(ref)
+    assert (ref in store, store.users(ref)) == (True, 1)
+    store.unregister("cars")
+    store.release(ref)
+    assert (ref in store, store.users(ref)) == (False, 0)
+
+
+def test_the_list_marks_those_that_are_pinned():
+    store = make_store()
+    pinned, _ = (store.register(make(name), path=None) for name in ("cars", "planes"))
+    assert [info.pinned for info in store.list_adapters(pinned=[pinned])] == [True, False]
+
+
 def test_reading_a_folder_again_does_not_hold_others_up():
     folders, reading, go_on = Folders(a=make("a")), threading.Event(), threading.Event()
 

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.lora.llava_tiny import GOLDENS
-from valora_jax.lora.adapter import Adapter, LoraPair
+from valora_jax.lora.adapter import Adapter
 from valora_jax.lora.batch import LoraBatch
+from valora_jax.lora.blocks import pages_needed
 from valora_jax.lora.host_store import AdapterRef
-from valora_jax.lora.pool import DevicePool, pages_needed, pool_bytes
+from valora_jax.lora.pool import DevicePool, pool_bytes
 from valora_jax.lora.read import read_adapter
 from valora_jax.lora.residency import REPLACED_HEADS, Placement, Residency
 from valora_jax.models import read_spec
@@ -46,15 +47,13 @@ class Device:
 
     def load(self, adapter: Adapter) -> Placement:
         ref = AdapterRef(name=adapter.name, version=1)
-        placement = self.residency.acquire(ref, pages_needed(adapter))
+        placement = self.residency.place(ref, pages_needed(adapter))
         assert placement is not None
-        self.pool.upload(adapter, placement)
+        self.pool.write(jax.device_put(self.pool.blocks(adapter)), placement)
         return placement
 
     def unload(self, adapter: Adapter) -> None:
-        ref = AdapterRef(name=adapter.name, version=1)
-        self.residency.release(ref)
-        self.residency.drop(ref)
+        self.residency.drop(AdapterRef(name=adapter.name, version=1))
 
     def updates(self, x_of: dict[str, np.ndarray], adapter_T: list[int]) -> dict[str, jax.Array]:
         """Site -> what each row gets from its adapter, `[L, T, E]`, as a step computes it."""
@@ -192,19 +191,14 @@ def test_only_the_given_sites_take_memory():
 def test_bytes_are_known_before_anything_is_allocated():
     kwargs = dict(pages_of_site=PAGES, slots=8, dtype=jnp.bfloat16, biased_sites=BIASED)
     pool = DevicePool(TARGET, **kwargs)
-    arrays = jax.tree.leaves((pool.pools, pool.biases_LSE))
+    arrays = jax.tree.leaves((pool.pools, pool.biases_LSE, pool._zeros_LrN))
     assert pool_bytes(TARGET, **kwargs) == sum(array.nbytes for array in arrays)
 
     full = adapter_target(LLAVA_1_5_7B)
-    one_page = {site.name: 1 for site in full.sites if site.name.startswith("decoder.")}
-    kwargs = dict(pages_of_site=one_page, slots=0, dtype=jnp.bfloat16, biased_sites=())
-    assert pool_bytes(full, **kwargs) == 79_953_920
-
-
-def test_needs_count_the_largest_rank_of_any_layer_and_replaced_heads():
-    pair = LoraPair(a_RK=np.zeros((17, 128)), b_RN=np.zeros((17, 128)), scale=1.0)
-    small = dataclasses.replace(pair, a_RK=np.zeros((4, 128)), b_RN=np.zeros((4, 128)))
-    adapter = Adapter(name="a", source="", pairs={"decoder.q": {0: small, 3: pair}})
-    assert pages_needed(adapter) == {"decoder.q": 2}
-    adapter = dataclasses.replace(adapter, replaced_head_VD=np.zeros((704, 128)))
-    assert pages_needed(adapter) == {"decoder.q": 2, REPLACED_HEADS: 1}
+    sites = [site.name for site in full.sites if site.name.startswith("decoder.")]
+    kwargs = dict(slots=0, dtype=jnp.bfloat16, biased_sites=())
+    one, two = (
+        pool_bytes(full, pages_of_site=dict.fromkeys(sites, pages), **kwargs) for pages in (1, 2)
+    )
+    assert two - one == 79_953_920  # a page
+    assert one - (two - one) == 15_466_496  # zeros, once for each width

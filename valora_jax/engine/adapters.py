@@ -1,10 +1,12 @@
 """The engine's adapters: loaded by name on the host, placed on the device for those who run.
 
 A scheduler's gate: a request holds the place of its adapter while it runs. Also what the runner
-asks for the arrays of a step.
+asks for the arrays of a step. What takes time, from the folder to the device's memory, happens in a
+thread beside the engine's (`lora.staging`), which then only enqueues writes between steps.
 """
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,39 +14,29 @@ import numpy as np
 from valora_jax.config import EngineConfig
 from valora_jax.engine.request import Request
 from valora_jax.engine.step import AdapterArrays
-from valora_jax.errors import AdapterError
+from valora_jax.errors import AdapterError, OutOfCapacityError
 from valora_jax.lora.adapter import Adapter, AdapterTarget, Linear
+from valora_jax.lora.blocks import pages_needed
 from valora_jax.lora.combine import Kind, combine, with_base
-from valora_jax.lora.heads import HeadPool, TaskHeadPool, TaskHeads, head_bytes
+from valora_jax.lora.device import DeviceAdapters, StagedAdapter
+from valora_jax.lora.heads import TaskHeads
 from valora_jax.lora.host_store import AdapterInfo, AdapterRef, HostStore
-from valora_jax.lora.pool import DevicePool, pages_needed, pool_bytes
 from valora_jax.lora.read import read_adapter
-from valora_jax.lora.residency import REPLACED_HEADS, Residency
+from valora_jax.lora.residency import Residency
+from valora_jax.lora.staging import Staging
 
 type LinearOf = Callable[[str, int], Linear]
 
-
-def _site_pages(config: EngineConfig, target: AdapterTarget) -> dict[str, int]:
-    """Site -> pages of its pool; page 0 is zeros."""
-    pages = {
-        site.name: 1
-        + (config.projector_lora_pages if _in_projector(site.name) else config.lora_pages)
-        for site in target.sites
-    }
-    return pages | {REPLACED_HEADS: 1 + config.max_replaced_heads}
-
-
-def _in_projector(site: str) -> bool:
-    return site.startswith("projector.")
+# Waiting requests whose adapters are kept or fetched. More would seldom run before they are asked
+# for again; each version that is staged takes device memory beside the pool.
+_LOOKAHEAD_REQUESTS = 32
+_STAGED_VERSIONS = 2
+# Whoever waits for a step holds the engine's lock, and others may bring requests meanwhile.
+_WAIT_S = 0.01
 
 
 def _in_vision(site: str) -> bool:
     return site.startswith(("vision.", "projector."))
-
-
-def _biased_sites(target: AdapterTarget) -> list[str]:
-    """Where adapters replace linears whole, biases included."""
-    return [site.name for site in target.sites if _in_projector(site.name)]
 
 
 class EngineAdapters:
@@ -72,40 +64,23 @@ class EngineAdapters:
         """
         self._target, self._linear_of, self._head_VD = target, linear_of, head_VD
         self._store = HostStore(max_bytes=config.host_adapter_bytes, reread=self._read)
-        self.pages_of_site = _site_pages(config, target)
-        slots = config.max_adapters
-        self._residency = Residency(self.pages_of_site, slots=slots)
-        self._pool = DevicePool(
-            target,
-            pages_of_site=self.pages_of_site,
-            slots=slots,
-            dtype=dtype,
-            biased_sites=_biased_sites(target),
-        )
-        self._heads = HeadPool(target, heads=config.max_replaced_heads, slots=slots, dtype=dtype)
-        self._task_heads = TaskHeadPool(target, slots=slots, max_classes=config.max_classes)
+        self._device = DeviceAdapters(config, target, dtype=dtype)
+        self._residency = Residency(self._device.pages_of_site, slots=config.max_adapters)
+        self._staging = Staging(self._stage, limit=_STAGED_VERSIONS)
         self._slot_of: dict[Request, int] = {}
         self._failures: list[tuple[Request, Exception]] = []
-        self._uploads = 0
         self._needs: dict[AdapterRef, Mapping[str, int]] = {}
         self._classes: dict[AdapterRef, int] = {}
         self.on_forget: Callable[[AdapterRef], None] = lambda ref: None
 
     @staticmethod
     def device_bytes(config: EngineConfig, target: AdapterTarget, *, dtype: np.dtype) -> int:
-        """What an instance would take."""
-        pages, slots = _site_pages(config, target), config.max_adapters
-        biased = _biased_sites(target)
-        return (
-            pool_bytes(target, pages_of_site=pages, slots=slots, dtype=dtype, biased_sites=biased)
-            + head_bytes(target, heads=config.max_replaced_heads, slots=slots, dtype=dtype)
-            + slots * config.max_classes * (target.width + 1) * 4
-        )
+        """What an instance would take, without what is staged."""
+        return DeviceAdapters.size_bytes(config, target, dtype=dtype)
 
     def warm_up(self) -> None:
-        """Compiles the uploads; before any adapter is placed."""
-        for part in (self._pool, self._heads, self._task_heads):
-            part.warm_up()
+        """Compiles the writes; before any adapter is placed."""
+        self._device.warm_up()
 
     def load(self, name: str, folder: Path) -> AdapterInfo:
         """Reads an adapter folder and gives its name this new version.
@@ -118,31 +93,38 @@ class EngineAdapters:
         return self.register(self._read(folder, name), path=folder)
 
     def register(self, adapter: Adapter, *, path: Path | None = None) -> AdapterInfo:
-        """Gives an adapter's name this new version.
+        """Gives an adapter's name this new version. The pin of a name moves to it, too.
 
         Args:
           adapter: one that does not need the base any more.
           path: the folder that it can be read from again; without one it stays in memory.
 
         Raises:
-          AdapterError: it is too large for the device's pool.
+          AdapterError: it is too large for what pinned adapters leave of the device's pool, or, as
+            a pinned one, would leave too little to others.
           OutOfCapacityError: too many adapters without a folder are in memory.
         """
-        need = pages_needed(adapter)
+        need, old = pages_needed(adapter), self._pinned(adapter.name)
         faults = [
-            *self._residency.refusals(need),
-            *self._pool.refusals(adapter),
-            *self._task_heads.refusals(adapter),
+            *self._residency.refusals(need, instead_of=old),
+            *self._device.refusals(adapter),
         ]
+        if old is not None and not faults:
+            staying = [r for r in self._residency.pinned if r != old or not self._store.users(old)]
+            others = self._needs_but(staying)
+            faults = self._residency.pin_refusals(need, others, instead_of=old)
         if faults:
             raise AdapterError(adapter.name, faults)
         ref = self._store.register(adapter, path=path)
         self._needs[ref] = need
         if adapter.task_head is not None:
             self._classes[ref] = adapter.task_head.weight_CD.shape[0]
-        known = {info.ref: info for info in self._store.list_adapters()}
-        for old in self._needs.keys() - known.keys():
-            self._forget(old)
+        if old is not None:
+            self._residency.unpin(old)
+            self._pin(ref, adapter)
+        known = {info.ref: info for info in self.infos()}
+        for gone in self._needs.keys() - known.keys():
+            self._forget(gone)
         return known[ref]
 
     def combine(self, name: str, parts: Mapping[str, float], *, kind: Kind) -> AdapterInfo:
@@ -151,11 +133,43 @@ class EngineAdapters:
         return self.register(combine(name, adapters, kind=kind))
 
     def unload(self, name: str) -> None:
-        """Takes the name away at once; requests that use the version finish on it."""
-        self._forget_if_gone(self._store.unregister(name))
+        """Takes the name and its pin away at once; requests that use the version finish on it."""
+        ref = self._store.unregister(name)
+        self._residency.unpin(ref)
+        self._forget_if_gone(ref)
+
+    def pin(self, name: str) -> None:
+        """Lets an adapter stay on the device, from now on or, while requests in progress take up
+        the room, from when they leave it.
+
+        Raises:
+          AdapterNotFoundError: there is no such name.
+          OutOfCapacityError: with all pins, some other adapter would never find a place.
+          ValueError, OSError, NotImplementedError: its folder changed or went away after its
+            arrays were dropped.
+        """
+        ref, pinned = self.resolve(name), self._residency.pinned
+        if ref in pinned:
+            return
+        faults = self._residency.pin_refusals(self._needs[ref], self._needs_but([*pinned, ref]))
+        if faults:
+            reasons = "\n  ".join(faults)
+            raise OutOfCapacityError(f"adapter {name!r} cannot be pinned:\n  {reasons}")
+        if ref in self._residency:
+            self._residency.pin(ref, self._needs[ref])
+        else:
+            self._pin(ref, self._store.get(ref))
+
+    def unpin(self, name: str) -> None:
+        """Lets an adapter go when its place is needed; one that is not pinned stays as it is.
+
+        Raises:
+          AdapterNotFoundError: there is no such name.
+        """
+        self._residency.unpin(self.resolve(name))
 
     def infos(self) -> list[AdapterInfo]:
-        return self._store.list_adapters()
+        return self._store.list_adapters(pinned=self._residency.pinned)
 
     def resolve(self, name: str) -> AdapterRef:
         """The newest version of a name; raises AdapterNotFoundError."""
@@ -173,34 +187,60 @@ class EngineAdapters:
 
     def let_go(self, ref: AdapterRef) -> None:
         self._store.release(ref)
+        if not self._store.users(ref):
+            self._staging.drop(ref)
         self._forget_if_gone(ref)
 
+    def prefetch(self, requests: Iterable[Request]) -> None:
+        """Brings adapters of waiting requests to the device ahead of their turn; does not wait.
+
+        Looks at the first requests alone. Their adapters take free places and those of adapters
+        that nobody wants; one that finds none stays ready until there is one.
+
+        Args:
+          requests: all that wait, in their order.
+        """
+        self._staging.collect()
+        first = itertools.islice(requests, _LOOKAHEAD_REQUESTS)
+        wanted = dict.fromkeys(r.adapter for r in first if r.adapter is not None)
+        self._residency.want(wanted)
+        missing = [*self._residency.pinned, *wanted]
+        missing = [ref for ref in missing if ref not in self._residency]
+        self._staging.prefer([ref for ref in missing if not self._place_staged(ref)])
+
+    def wait(self) -> bool:
+        """Waits a moment for an adapter that is on its way to the device.
+
+        Returns:
+          False, at once, if none is. True does not say that one has come.
+        """
+        return self._staging.wait(_WAIT_S)
+
+    def close(self) -> None:
+        """Ends the thread that brings adapters to the device until it is needed again."""
+        self._staging.close()
+
     def acquire(self, request: Request) -> bool:
-        """Places the request's adapter, enqueueing its upload if it is not on the device."""
+        """Takes the place of the request's adapter, or has it brought to the device for later."""
         if (ref := request.adapter) is None:
             self._slot_of[request] = -1
             return True
-        placement = self._residency.acquire(ref, self._needs[ref])
-        if placement is None:
-            return False
-        if placement.fresh:
-            try:  # only now: who waits for a place must not read its folder at every step
-                adapter = self._store.get(ref)
-            except (ValueError, OSError, NotImplementedError) as error:
-                # Its folder changed or went away after its arrays were dropped.
+        if ref not in self._residency and not self._place_staged(ref):
+            if (error := self._staging.error(ref)) is None:
+                self._staging.ask(ref)
+            else:
                 self._failures.append((request, error))
-                self._residency.release(ref)
-                self._residency.drop(ref)
-                return False
-            for part in (self._pool, self._heads, self._task_heads):
-                part.upload(adapter, placement)
-            self._uploads += 1
-        self._slot_of[request] = placement.slot
+            return False
+        self._slot_of[request] = self._residency.acquire(ref)
         return True
 
     def take_failures(self) -> list[tuple[Request, Exception]]:
-        """Requests whose adapter cannot be read again, since the last call."""
+        """Requests whose turn came with an adapter that could not be read again, since the last
+        call. Reading is tried anew for others that come."""
         failures, self._failures = self._failures, []
+        for request, _ in failures:
+            if request.adapter is not None:
+                self._staging.drop(request.adapter)
         return failures
 
     def release(self, request: Request) -> None:
@@ -229,19 +269,19 @@ class EngineAdapters:
 
     def arrays(self) -> AdapterArrays:
         return AdapterArrays(
-            pools=self._pool.pools,
-            biases_LSE=self._pool.biases_LSE,
-            heads=self._heads.heads,
+            pools=self._device.pool.pools,
+            biases_LSE=self._device.pool.biases_LSE,
+            heads=self._device.heads.heads,
         )
 
     @property
     def task_heads(self) -> TaskHeads:
-        return self._task_heads.heads
+        return self._device.task_heads.heads
 
     @property
     def uploads(self) -> int:
         """How often a version was written to the device."""
-        return self._uploads
+        return self._device.uploads
 
     @property
     def placed(self) -> int:
@@ -252,12 +292,46 @@ class EngineAdapters:
         adapter = read_adapter(folder, name=name, target=self._target)
         return with_base(adapter, linear_of=self._linear_of, head_VD=self._head_VD)
 
+    def _stage(self, ref: AdapterRef) -> StagedAdapter:
+        return self._device.stage(self._store.get(ref))
+
+    def _place_staged(self, ref: AdapterRef) -> bool:
+        """Writes a version to a place, if it is staged and there is one."""
+        if (staged := self._staging.get(ref)) is None:
+            return False
+        if (placement := self._residency.place(ref, self._needs[ref])) is None:
+            return False
+        self._device.write(staged, placement)
+        self._staging.drop(ref)
+        return True
+
+    def _pin(self, ref: AdapterRef, adapter: Adapter) -> None:
+        """Pins a version that has no place, and gives it one if there is one now."""
+        staged = self._device.stage(adapter)
+        self._staging.drop(ref)
+        self._residency.pin(ref, self._needs[ref])
+        if (placement := self._residency.place(ref, self._needs[ref])) is not None:
+            self._device.write(staged, placement)
+
+    def _pinned(self, name: str) -> AdapterRef | None:
+        """The version of a name that is pinned."""
+        return next((ref for ref in self._residency.pinned if ref.name == name), None)
+
+    def _needs_but(self, refs: Collection[AdapterRef]) -> dict[str, Mapping[str, int]]:
+        """What all other versions need."""
+        return {
+            f"{ref.name} version {ref.version}": need
+            for ref, need in self._needs.items()
+            if ref not in refs
+        }
+
     def _forget_if_gone(self, ref: AdapterRef) -> None:
-        if ref not in {info.ref for info in self._store.list_adapters()}:
+        if ref not in self._store:
             self._forget(ref)
 
     def _forget(self, ref: AdapterRef) -> None:
         self._residency.drop(ref)
+        self._staging.drop(ref)
         self._needs.pop(ref, None)
         self._classes.pop(ref, None)
         self.on_forget(ref)

@@ -117,9 +117,13 @@ class EngineCore:
                     return news
         if self._in_flight:
             news += self._take(self._in_flight.popleft())
+        elif self.adapters and not news:
+            self.adapters.wait()  # nothing else can change what the next plan finds
         return news
 
     def _plan(self) -> tuple[Plan | None, Decision]:
+        if self.adapters:
+            self.adapters.prefetch(self.scheduler.waiting)
         if self.modes is None:
             return self.scheduler.plan(), EVERYBODY_UNMERGED
         return self.modes.plan(self.scheduler)

@@ -8,6 +8,7 @@ P adapter slots, C classes.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from valora_jax.lora.adapter import Adapter, AdapterTarget
+from valora_jax.lora.blocks import Array
 from valora_jax.lora.residency import REPLACED_HEADS, Placement
 
 
@@ -32,19 +34,25 @@ class ReplacedHeads:
 
 
 class HeadPool:
-    """Room for a number of replaced heads. An upload replaces `heads`, as in `DevicePool`."""
+    """Room for a number of replaced heads. A write replaces `heads`, as in `DevicePool`."""
 
     def __init__(self, target: AdapterTarget, *, heads: int, slots: int, dtype: DTypeLike):
         shape_DV = (target.width, target.vocab_rows)
+        self._dtype = jnp.dtype(dtype)
         self.heads = ReplacedHeads(
             heads_DV=tuple(jnp.zeros(shape_DV, dtype) for _ in range(heads)),
             page_P=jnp.zeros(slots, jnp.int32),
         )
 
-    def upload(self, adapter: Adapter, placement: Placement) -> None:
-        """Writes the adapter's replaced head, if it has one, to its place; does not wait."""
+    def blocks(self, adapter: Adapter) -> np.ndarray | None:
+        """The adapter's replaced head `[V, D]` as `write` takes it; safe in any thread."""
+        head_VD = adapter.replaced_head_VD
+        return None if head_VD is None else head_VD.astype(self._dtype)
+
+    def write(self, head_VD: Array | None, placement: Placement) -> None:
+        """Writes what `blocks` made to its place; does not wait."""
         page = 0
-        if (head_VD := adapter.replaced_head_VD) is not None:
+        if head_VD is not None:
             (page,) = placement.pages[REPLACED_HEADS]
             self._write(head_VD, page - 1)
         page_P = _write_page(self.heads.page_P, np.int32(page), np.int32(placement.slot))
@@ -55,11 +63,12 @@ class HeadPool:
         page_P = _write_page(self.heads.page_P, np.int32(0), np.int32(0))
         self.heads = dataclasses.replace(self.heads, page_P=page_P)
         if self.heads.heads_DV:
-            self._write(np.zeros(self.heads.heads_DV[0].shape[::-1], np.float32), 0)
+            shape_VD = self.heads.heads_DV[0].shape[::-1]
+            self._write(jax.device_put(np.zeros(shape_VD, self._dtype)), 0)
 
-    def _write(self, head_VD: np.ndarray, index: int) -> None:
+    def _write(self, head_VD: Array, index: int) -> None:
         heads_DV = list(self.heads.heads_DV)
-        heads_DV[index] = _write_head(heads_DV[index], head_VD.astype(heads_DV[index].dtype))
+        heads_DV[index] = _write_head(heads_DV[index], head_VD)
         self.heads = dataclasses.replace(self.heads, heads_DV=tuple(heads_DV))
 
 
@@ -102,10 +111,18 @@ class TaskHeads:
     bias_PC: jax.Array
 
 
+class TaskHeadBlocks(NamedTuple):
+    """One task head, filled up with zeros to the classes that there is room for."""
+
+    weight_CD: np.ndarray
+    bias_C: np.ndarray
+
+
 class TaskHeadPool:
-    """Room for a task head in every adapter slot. An upload replaces `heads`."""
+    """Room for a task head in every adapter slot. A write replaces `heads`."""
 
     def __init__(self, target: AdapterTarget, *, slots: int, max_classes: int):
+        self._shape_CD = (max_classes, target.width)
         self.heads = TaskHeads(
             weight_PCD=jnp.zeros((slots, max_classes, target.width), jnp.float32),
             bias_PC=jnp.zeros((slots, max_classes), jnp.float32),
@@ -113,7 +130,7 @@ class TaskHeadPool:
 
     def refusals(self, adapter: Adapter) -> list[str]:
         """Why an adapter's task head does not fit; empty if it does or there is none."""
-        max_classes = self.heads.bias_PC.shape[1]
+        max_classes, _ = self._shape_CD
         head = adapter.task_head
         if head is None or (classes := head.weight_CD.shape[0]) <= max_classes:
             return []
@@ -122,22 +139,30 @@ class TaskHeadPool:
             f"{max_classes}; raise EngineConfig.max_classes"
         ]
 
-    def upload(self, adapter: Adapter, placement: Placement) -> None:
-        """Writes the adapter's task head, if it has one, to its slot; does not wait."""
-        if (head := adapter.task_head) is not None:
-            self._write(head.weight_CD, head.bias_C, placement.slot)
+    def blocks(self, adapter: Adapter) -> TaskHeadBlocks | None:
+        """The adapter's task head, if it has one, as `write` takes it; safe in any thread."""
+        if (head := adapter.task_head) is None:
+            return None
+        return self._filled_up(head.weight_CD, head.bias_C)
+
+    def write(self, head: TaskHeadBlocks | None, placement: Placement) -> None:
+        """Writes what `blocks` made to its slot; does not wait."""
+        if head is not None:
+            self.heads = _write_task_head(self.heads, head, np.int32(placement.slot))
 
     def warm_up(self) -> None:
         """Compiles the write by writing zeros. Only for an empty pool."""
-        self._write(np.zeros((0, self.heads.weight_PCD.shape[2])), None, 0)
+        nothing = self._filled_up(np.zeros((0, self._shape_CD[1])), None)
+        self.heads = _write_task_head(self.heads, jax.device_put(nothing), np.int32(0))
 
-    def _write(self, weight_CD: np.ndarray, bias_C: np.ndarray | None, slot: int) -> None:
-        _, C, D = self.heads.weight_PCD.shape
-        head = np.zeros((C, D), np.float32), np.zeros(C, np.float32)
-        head[0][: len(weight_CD)] = weight_CD
+    def _filled_up(self, weight_CD: np.ndarray, bias_C: np.ndarray | None) -> TaskHeadBlocks:
+        head = TaskHeadBlocks(
+            np.zeros(self._shape_CD, np.float32), np.zeros(self._shape_CD[0], np.float32)
+        )
+        head.weight_CD[: len(weight_CD)] = weight_CD
         if bias_C is not None:
-            head[1][: len(bias_C)] = bias_C
-        self.heads = _write_task_head(self.heads, head, np.int32(slot))
+            head.bias_C[: len(bias_C)] = bias_C
+        return head
 
 
 def class_logits(hidden_SD: jax.Array, heads: TaskHeads, adapter_S: jax.Array) -> jax.Array:
@@ -174,10 +199,9 @@ def _write_page(page_P: jax.Array, page: jax.Array, slot: jax.Array) -> jax.Arra
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write_task_head(
-    heads: TaskHeads, head: tuple[jax.Array, jax.Array], slot: jax.Array
-) -> TaskHeads:
+def _write_task_head(heads: TaskHeads, head: TaskHeadBlocks, slot: jax.Array) -> TaskHeads:
     write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=slot, axis=0)
     return TaskHeads(
-        weight_PCD=write(heads.weight_PCD, head[0]), bias_PC=write(heads.bias_PC, head[1])
+        weight_PCD=write(heads.weight_PCD, head.weight_CD),
+        bias_PC=write(heads.bias_PC, head.bias_C),
     )

@@ -8,7 +8,7 @@ recently used first, and read again when needed.
 import dataclasses
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from valora_jax.errors import AdapterNotFoundError, OutOfCapacityError
@@ -35,6 +35,7 @@ class AdapterInfo:
       users: requests that hold it.
       current: whether the name means this version; others only finish their requests.
       in_memory: whether its arrays are on the host now.
+      pinned: whether it stays on the device, once it has a place there.
     """
 
     ref: AdapterRef
@@ -44,6 +45,7 @@ class AdapterInfo:
     users: int
     current: bool
     in_memory: bool
+    pinned: bool
 
 
 @dataclasses.dataclass(kw_only=True, slots=True, eq=False)
@@ -172,8 +174,22 @@ class HostStore:
             self._shrink()
         return adapter
 
-    def list_adapters(self) -> list[AdapterInfo]:
-        """Every version that can still be used, sorted by name and version."""
+    def __contains__(self, ref: AdapterRef) -> bool:
+        """Whether a version can still be used."""
+        with self._lock:
+            return ref in self._versions
+
+    def users(self, ref: AdapterRef) -> int:
+        """How many requests hold a version; 0 if it is gone."""
+        with self._lock:
+            return 0 if (version := self._versions.get(ref)) is None else version.users
+
+    def list_adapters(self, *, pinned: Collection[AdapterRef] = ()) -> list[AdapterInfo]:
+        """Every version that can still be used, sorted by name and version.
+
+        Args:
+          pinned: versions to be marked as such; the store knows nothing of the device.
+        """
         with self._lock:
             versions = sorted(self._versions.values(), key=lambda v: (v.ref.name, v.ref.version))
             return [
@@ -185,6 +201,7 @@ class HostStore:
                     users=v.users,
                     current=self._is_current(v.ref),
                     in_memory=v.adapter is not None,
+                    pinned=v.ref in pinned,
                 )
                 for v in versions
             ]

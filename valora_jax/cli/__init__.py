@@ -12,7 +12,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from valora_jax.cli import convert, demo, generate, tune
+from valora_jax.cli import bench, convert, demo, generate, tune
 from valora_jax.cli.settings import FLAG_TYPES, config_argument
 from valora_jax.errors import ValoraError
 
@@ -25,6 +25,13 @@ class _Convert:
     """Convert models and adapters between formats, merge adapters, inspect folders."""
 
     command: Annotated[convert.ConvertCommand, tyro.conf.arg(name="")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Bench:
+    """Replay request traces through an engine or its cost model, draw the results."""
+
+    command: Annotated[bench.BenchCommand, tyro.conf.arg(name="")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +56,8 @@ def _run(arguments: list[str]) -> int:
             return demo.run(command)
         case generate.Generate():
             return generate.run(command)
+        case _Bench():
+            return bench.run(command.command)
         case _Convert():
             return convert.run(command.command)
         case tune.Tune():
@@ -64,6 +73,7 @@ def _parse(arguments: list[str]) -> Any:
         Annotated[generate.Generate, tyro.conf.subcommand("generate", default=defaults)],
         Annotated[_Convert, tyro.conf.subcommand("convert")],
         Annotated[tune.Tune, tyro.conf.subcommand("tune")],
+        Annotated[_Bench, tyro.conf.subcommand("bench")],
     ]
     # A field for the choice: without one, tyro's messages have a name of its own in them.
     root = dataclasses.make_dataclass(

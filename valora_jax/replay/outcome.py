@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from valora_jax.engine.costs import Mode
+from valora_jax.lora.mode import Mode
 from valora_jax.replay.arrivals import Arrival
 
 

@@ -80,14 +80,16 @@ def test_no_latency_where_nobody_was_served():
 def test_a_report_says_how_the_device_spent_its_time():
     steps = [
         RanStep(start_s=0.0, ms=20.0, mode=Mode.UNMERGED),
-        RanStep(start_s=0.02, ms=10.0, mode=Mode.MERGED),
-        RanStep(start_s=0.03, ms=10.0, mode=Mode.MERGED),
+        RanStep(start_s=0.02, ms=8.0, mode=Mode.MERGED),
+        RanStep(start_s=0.03, ms=12.0, mode=Mode.MERGED),
+        RanStep(start_s=0.05, ms=40.0, mode=Mode.MIXTURE, prompt_tokens=600),
     ]
     one = [served(0.0, 0.0, 0.1, 0.2, output=2)]
     got = report(Outcome(served=one, steps=steps, switches=3, interrupted=1, refused=2, uploads=4))
-    assert got.mode_s == pytest.approx({"unmerged": 0.02, "merged": 0.02, "mixture": 0.0})
+    assert got.mode_s == pytest.approx({"unmerged": 0.02, "merged": 0.02, "mixture": 0.04})
+    assert (got.decode_ms.p50, got.longest_decode_ms) == (12.0, 20.0)
     assert (got.switches, got.interrupted, got.refused, got.uploads) == (3, 1, 2, 4)
-    assert json.loads(json.dumps(dataclasses.asdict(got)))["mode_s"]["mixture"] == 0
+    assert json.loads(json.dumps(dataclasses.asdict(got)))["mode_s"]["mixture"] == 0.04
 
 
 def test_a_report_of_a_simulation_adds_up():

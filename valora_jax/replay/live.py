@@ -102,11 +102,11 @@ class LiveSystem:
 
         All adapters that the device holds are there afterwards.
         """
-        rows = 2 * self._config.max_requests
-        self.replay(without_adapters(at_once(trace[:rows])), "unmerged")
+        rows, adapters = self._config.max_requests, len(self._refs)
+        self.replay(without_adapters(at_once(trace[: 2 * rows])), "unmerged")
         in_turn = [
-            dataclasses.replace(arrival, at_s=0.0, adapter=i % len(self._refs))
-            for i, arrival in enumerate(trace[: max(rows, len(self._refs))])
+            dataclasses.replace(trace[i % len(trace)], at_s=0.0, adapter=i % adapters)
+            for i in range(max(rows, adapters))
         ]
         self.replay(in_turn, "unmerged")
         device = Device.learnt(self._modes.orchestrator.costs)
@@ -121,14 +121,30 @@ class LiveSystem:
         checked = [self._random.make(arrival) for arrival in trace]
         self._modes.orchestrator.set_policy(make_policy(policy, max_wait_s=self._config.max_wait_s))
         self._modes.orchestrator.copy = Copy()
-        uploads, jobs = self._adapters.uploads, list[Job]()
+        uploads, preemptions = self._adapters.uploads, self._core.scheduler.preemptions
+        jobs: list[Job] = []
         steps: list[StepRan] = []
         self._modes.on_step = steps.append
         gc.collect()  # what preparing left behind is not the engine's to clear up
         start_s = drive(self._core, trace, lambda n: jobs.append(self._add(checked[n], trace[n])))
         self._modes.on_step = None
-        return self._outcome(
-            trace, jobs, steps, start_s=start_s, uploads=self._adapters.uploads - uploads
+        orchestrator = self._modes.orchestrator
+        return Outcome(
+            served=_served(trace, jobs, steps, start_s=start_s),
+            steps=[
+                RanStep(
+                    start_s=step.start_s - start_s,
+                    ms=step.ms,
+                    mode=step.load.mode,
+                    prompt_tokens=step.load.prompt_tokens,
+                )
+                for step in steps
+            ],
+            switches=orchestrator.switches,
+            interrupted=orchestrator.interrupted,
+            refused=self._modes.traits.refused,
+            uploads=self._adapters.uploads - uploads,
+            preemptions=self._core.scheduler.preemptions - preemptions,
         )
 
     def predict(self, trace: Sequence[Arrival], policy: PolicyName) -> Outcome:
@@ -167,44 +183,28 @@ class LiveSystem:
         self._core.add([job])
         return job
 
-    def _outcome(
-        self,
-        trace: Sequence[Arrival],
-        jobs: Sequence[Job],
-        steps: Sequence[StepRan],
-        *,
-        start_s: float,
-        uploads: int,
-    ) -> Outcome:
-        """Raises what ended a job before its time."""
-        admitted_s: dict[Servable, float] = {}
-        for step in steps:
-            for request in step.requests:
-                admitted_s.setdefault(request, step.start_s)
-        for job in jobs:
-            if job.error is not None:
-                raise job.error
 
-        def since(at_s: float | None) -> float | None:
-            return None if at_s is None else at_s - start_s
+def _served(
+    trace: Sequence[Arrival], jobs: Sequence[Job], steps: Sequence[StepRan], *, start_s: float
+) -> list[Served]:
+    """What became of each request; raises what ended one before its time."""
+    admitted_s: dict[Servable, float] = {}
+    for step in steps:
+        for request in step.requests:
+            admitted_s.setdefault(request, step.start_s)
+    for job in jobs:
+        if job.error is not None:
+            raise job.error
 
-        orchestrator = self._modes.orchestrator
-        return Outcome(
-            served=[
-                Served(
-                    arrival=arrival,
-                    admitted_s=since(admitted_s.get(job.request)),
-                    first_token_s=since(job.first_token_s),
-                    finished_s=since(job.finished_s),
-                )
-                for arrival, job in zip(trace, jobs, strict=True)
-            ],
-            steps=[
-                RanStep(start_s=step.start_s - start_s, ms=step.ms, mode=step.load.mode)
-                for step in steps
-            ],
-            switches=orchestrator.switches,
-            interrupted=orchestrator.interrupted,
-            refused=self._modes.traits.refused,
-            uploads=uploads,
+    def since(at_s: float | None) -> float | None:
+        return None if at_s is None else at_s - start_s
+
+    return [
+        Served(
+            arrival=arrival,
+            admitted_s=since(admitted_s.get(job.request)),
+            first_token_s=since(job.first_token_s),
+            finished_s=since(job.finished_s),
         )
+        for arrival, job in zip(trace, jobs, strict=True)
+    ]

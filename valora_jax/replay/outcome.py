@@ -25,11 +25,19 @@ class Served:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RanStep:
-    """One step of the decoder: when it began, from the trace's start, and what it took."""
+    """One step of the decoder.
+
+    Attributes:
+      start_s: when it began, from the trace's start.
+      ms: what it took, with what the device did before it and after the last one.
+      mode: how it used adapters.
+      prompt_tokens: that it computed besides decodes.
+    """
 
     start_s: float
     ms: float
     mode: Mode
+    prompt_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +51,7 @@ class Outcome:
       interrupted: merges of those that did not become whole.
       refused: adapters that were wanted merged and are too weak for it.
       uploads: adapters written to the device.
+      preemptions: requests that lost their key-value pages to others and began anew.
     """
 
     served: Sequence[Served]
@@ -51,6 +60,7 @@ class Outcome:
     interrupted: int = 0
     refused: int = 0
     uploads: int = 0
+    preemptions: int = 0
 
     def mode_s(self) -> dict[Mode, float]:
         """Seconds of steps in each mode."""

@@ -56,8 +56,10 @@ class Report:
       tokens_per_s: output tokens in these seconds.
       requests_per_s: requests in these seconds.
       goodput_per_s: of them, those that met the objective.
+      decode_ms: of steps without prompts, from any number of requests. None if there are none.
+      longest_decode_ms: of these; uploads and merges that stall answers show here.
       mode_s: seconds of steps in each mode.
-      switches, interrupted, refused, uploads: see `Outcome`.
+      switches, interrupted, refused, uploads, preemptions: see `Outcome`.
     """
 
     requests: int
@@ -71,11 +73,14 @@ class Report:
     tokens_per_s: float
     requests_per_s: float
     goodput_per_s: float
+    decode_ms: Spread | None
+    longest_decode_ms: float | None
     mode_s: dict[str, float]
     switches: int
     interrupted: int
     refused: int
     uploads: int
+    preemptions: int
 
 
 def spread(values: Iterable[float]) -> Spread:
@@ -102,6 +107,7 @@ def report(outcome: Outcome, slo: Slo | None = None) -> Report:
         raise ValueError(f"none of {len(outcome.served)} requests ended, so there is no latency")
     seconds = max(_ended_s(s) for s in served) - min(s.arrival.at_s for s in served)
     gaps_ms = [gap for s in served if (gap := _next_token_ms(s)) is not None]
+    decodes_ms = [step.ms for step in outcome.steps if step.prompt_tokens == 0]
     return Report(
         requests=len(served),
         unserved=len(outcome.served) - len(served),
@@ -116,11 +122,14 @@ def report(outcome: Outcome, slo: Slo | None = None) -> Report:
         tokens_per_s=sum(s.arrival.output_tokens for s in served) / seconds,
         requests_per_s=len(served) / seconds,
         goodput_per_s=sum(map(slo.met, served)) / seconds,
+        decode_ms=spread(decodes_ms) if decodes_ms else None,
+        longest_decode_ms=max(decodes_ms, default=None),
         mode_s={mode.value: mode_s for mode, mode_s in outcome.mode_s().items()},
         switches=outcome.switches,
         interrupted=outcome.interrupted,
         refused=outcome.refused,
         uploads=outcome.uploads,
+        preemptions=outcome.preemptions,
     )
 
 

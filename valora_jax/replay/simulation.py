@@ -202,7 +202,9 @@ class Simulation:
         self.now_s += ms / 1e3
         self._take(plan)
         self.orchestrator.observe(load, ms)
-        self._steps.append(RanStep(start_s=start_s, ms=ms, mode=load.mode))
+        self._steps.append(
+            RanStep(start_s=start_s, ms=ms, mode=load.mode, prompt_tokens=load.prompt_tokens)
+        )
         if decision.merge is not None:
             self._merge(decision.merge)
         return Step(

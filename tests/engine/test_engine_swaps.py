@@ -1,0 +1,100 @@
+"""Requests go on while the adapters of others are on their way to the device."""
+
+import threading
+
+import pytest
+
+from tests.engine.engines import ADAPTERS, answer, engine_of, load
+from valora_jax.engine.sampling_params import SamplingParams
+
+QUESTION = "USER: Which sign is closer? ASSISTANT:"
+LORA, OTHER = "a03_all_linear_lm_r16", "a19_attn_lm_r8_b"
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
+
+
+@pytest.fixture
+def engine():
+    engine = engine_of()
+    load(engine, LORA, OTHER)
+    return engine
+
+
+@pytest.fixture
+def go_on(engine, monkeypatch):
+    """Until it is set, no adapter comes to the device."""
+    go_on, staging = threading.Event(), engine.parts.core.adapters._staging
+    stage = staging._make
+
+    def later(ref):
+        assert go_on.wait(30)
+        return stage(ref)
+
+    monkeypatch.setattr(staging, "_make", later)
+    yield go_on
+    go_on.set()
+
+
+def uploads(engine) -> int:
+    return engine.parts.core.adapters.uploads
+
+
+def test_steps_of_others_run_while_an_adapter_is_on_its_way(engine, go_on):
+    go_on.set()
+    want = [answer(engine, QUESTION, adapter=name, max_tokens=12) for name in (LORA, OTHER)]
+    go_on.clear()
+    engine.load_adapter("new", ADAPTERS / OTHER)
+    waiting = engine.stream(QUESTION, GREEDY, adapter="new")
+    before = uploads(engine)
+    *_, last = engine.stream(QUESTION, GREEDY, adapter=LORA)  # to its end
+    assert (last.outputs[0], uploads(engine)) == (want[0], before)
+    running = engine.stream(QUESTION, GREEDY, adapter=LORA)
+    next(running)
+    go_on.set()  # so that it is written between steps that use the first
+    lasts = [[*stream][-1].outputs[0] for stream in (running, waiting)]
+    assert (lasts, uploads(engine)) == (want, before + 1)
+    engine.unload_adapter("new")
+
+
+@pytest.mark.parametrize("end", ["abort", "unload"])
+def test_a_request_may_end_while_its_adapter_is_on_its_way(engine, go_on, end):
+    engine.load_adapter("new", ADAPTERS / OTHER)
+    before = uploads(engine)
+    waiting = engine.stream(QUESTION, GREEDY, adapter="new")
+    engine.generate(QUESTION, GREEDY)  # some steps
+    if end == "unload":
+        engine.unload_adapter("new")
+    waiting.close()
+    go_on.set()
+    engine.generate(QUESTION, GREEDY)
+    assert uploads(engine) == before
+    if end == "abort":
+        engine.unload_adapter("new")
+
+
+def test_closing_an_engine_drops_adapters_on_their_way(engine, go_on):
+    engine.load_adapter("new", ADAPTERS / OTHER)
+    before = uploads(engine)
+    waiting = engine.stream(QUESTION, GREEDY, adapter="new")
+    engine.generate(QUESTION, GREEDY)
+    going_on = threading.Timer(0, go_on.set)
+    going_on.start()
+    with engine:
+        pass
+    going_on.join()
+    *_, last = waiting
+    assert (last.outputs[0].finish_reason, uploads(engine)) == ("abort", before)
+    engine.unload_adapter("new")
+
+
+def test_more_adapters_than_places_take_turns(engine):
+    names = [f"new{i}" for i in range(6)]
+    for name in names:
+        engine.load_adapter(name, ADAPTERS / (LORA if int(name[-1]) % 2 else OTHER))
+    want = {name: answer(engine, QUESTION, adapter=name, max_tokens=12) for name in (LORA, OTHER)}
+    outputs = engine.generate([QUESTION] * 12, GREEDY, adapter=names * 2)
+    for name, output in zip(names * 2, outputs, strict=True):
+        assert output.outputs[0] == want[LORA if int(name[-1]) % 2 else OTHER]
+    for name in names:
+        engine.unload_adapter(name)

@@ -22,7 +22,6 @@ def test_every_trace_is_replayed_under_every_policy(capsys, tmp_path):
     assert len(set(names)) == len(names) == 3 * 5
     assert names[0] == "simulated-llava-1.5-7b/retrieval/a4/r64/all/skew-0.5/rate-4/no-adapters"
     captured = capsys.readouterr()
-    assert "24.00 requests a second" not in captured.err
     assert all(name in captured.err for name in names)
     for part in ("rate-8: 16 requests", "no adapters", "valora", "dlora", "TTFT", "un/mer/mix"):
         assert part in captured.out
@@ -56,6 +55,15 @@ def test_adapters_slow_a_device_down_and_more_so_on_all_linears():
     bound, everywhere = replayed(**of)
     [_, attention] = replayed(**of, targets="attention")
     assert mean(bound) < mean(attention) < mean(everywhere)
+
+
+def test_a_capacity_can_be_given(capsys):
+    of = dict(rates=(), loads=(0.5,), policies=("valora",), bound=False, at_once=False)
+    [given] = replayed(**of, capacity=8.0)
+    assert (given["load"], given["rate"]) == (0.5, 4.0)
+    assert "loads are of the 8.00 given" in capsys.readouterr().err
+    [found] = replayed(**of)
+    assert found["rate"] == pytest.approx(6.2, abs=0.2)
 
 
 def test_the_bound_is_replayed_once_for_all_spreads(monkeypatch):

@@ -143,3 +143,13 @@ def test_capacity_without_adapters_is_the_largest():
     light = capacity(trace, traits=lambda _: AdapterTraits(pages=1.0), **sizes)
     heavy = capacity(trace, traits=lambda _: AdapterTraits(pages=8.0), **sizes)
     assert heavy < light < capacity(trace, traits=None, **sizes)
+
+
+def test_a_prompt_never_adds_to_the_capacity():
+    times = StepTimes(prompt_token_ms=-1.0, lora_ms=0.0, page_ms=0.0, token_page_ms=0.0)
+    trace = make_trace(skewed(2, 0.5), rate=1.0, requests=20)
+    sizes = dict(limits=step_limits(), traits=None)
+    free = StepTimes(prompt_token_ms=0.0)
+    assert capacity(trace, device=Device(times=times), **sizes) == pytest.approx(
+        capacity(trace, device=Device(times=free), **sizes)
+    )

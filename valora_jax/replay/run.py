@@ -36,8 +36,13 @@ def run(settings: ReplaySettings, *, command: str) -> list[Record]:
     notes = Console(stderr=True)
     system = _system(settings)
     of_kind = kind_trace(settings, image_tokens=system.image_tokens, requests=_KIND_REQUESTS)
-    capacity = system.capacity(of_kind)
-    notes.print(f"{system.device}: {capacity:.2f} requests a second without adapters")
+    found = system.capacity(of_kind)  # also where it is given: this warms up
+    capacity = settings.capacity or found
+    notes.print(
+        f"{system.device}: {found:.2f} requests a second without adapters"
+        + (f"; loads are of the {capacity:.2f} given" if settings.capacity else ""),
+        soft_wrap=True,
+    )
     done = []
     for record in _replays(settings, system, capacity=capacity, command=command):
         token_ms = record["token_ms"]["mean"]

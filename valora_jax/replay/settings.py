@@ -40,6 +40,9 @@ class ReplaySettings:
     """Zipf exponents: further sets of traces, in which adapter i gets a share of i ** -exponent."""
     loads: tuple[float, ...] = ()
     """Rates of arrival, in units of what the device serves without adapters."""
+    capacity: float | None = None
+    """What it serves, in requests a second, so that several runs have the same rates. None finds it
+    out."""
     rates: tuple[float, ...] = ()
     """Rates of arrival in requests a second. Where no rate and no load is given, loads are 0.3, 0.6
     and 0.8."""
@@ -98,6 +101,7 @@ class ReplaySettings:
             "ranks": self.ranks,
             "seconds": (self.seconds,),
             "cv": (self.cv,),
+            "capacity": () if self.capacity is None else (self.capacity,),
             "resident": () if self.resident is None else (self.resident,),
         }
         for flag, values in positive.items():

@@ -316,7 +316,10 @@ def capacity(
         return device.times.of(load)
 
     decodes_ms = step_ms(0, 0.0)
-    prompt_ms = {adapter: (step_ms(chunk, p) - decodes_ms) / chunk for adapter, p in pages.items()}
+    prompt_ms = {  # learnt times are noisy, and a prompt is never done in less than no time
+        adapter: max(step_ms(chunk, own) - decodes_ms, 0.0) / chunk
+        for adapter, own in pages.items()
+    }
     work_ms = sum(
         arrival.output_tokens * decodes_ms / rows
         + arrival.prompt_tokens * prompt_ms[arrival.adapter]

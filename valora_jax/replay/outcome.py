@@ -49,7 +49,7 @@ class Outcome:
       steps: in order.
       switches: merges begun.
       interrupted: merges of those that did not become whole.
-      refused: adapters that were wanted merged and are too weak for it.
+      refused: adapters that the engine has found too weak to be merged, since its start.
       uploads: adapters written to the device.
       preemptions: requests that lost their key-value pages to others and began anew.
     """

@@ -47,7 +47,8 @@ class Report:
       requests: that ended; only they count in what follows.
       unserved: that did not.
       token_ms: a request's time from arrival to end, by its output tokens.
-      paper_token_ms: the same by prompt and output tokens, the metric of the paper.
+      paper_token_ms: the mean time from arrival to end by the mean of prompt and output tokens, the
+        metric of the paper.
       first_token_ms: from arrival; TTFT.
       next_token_ms: from the first token to the last, by the tokens after the first; TPOT. None
         where no answer has two.
@@ -65,7 +66,7 @@ class Report:
     requests: int
     unserved: int
     token_ms: Spread
-    paper_token_ms: Spread
+    paper_token_ms: float
     first_token_ms: Spread
     next_token_ms: Spread | None
     wait_ms: Spread
@@ -112,9 +113,8 @@ def report(outcome: Outcome, slo: Slo | None = None) -> Report:
         requests=len(served),
         unserved=len(outcome.served) - len(served),
         token_ms=spread(_total_ms(s) / s.arrival.output_tokens for s in served),
-        paper_token_ms=spread(
-            _total_ms(s) / (s.arrival.prompt_tokens + s.arrival.output_tokens) for s in served
-        ),
+        paper_token_ms=sum(map(_total_ms, served))
+        / sum(s.arrival.prompt_tokens + s.arrival.output_tokens for s in served),
         first_token_ms=spread(map(_first_token_ms, served)),
         next_token_ms=spread(gaps_ms) if gaps_ms else None,
         wait_ms=spread(map(_wait_ms, served)),

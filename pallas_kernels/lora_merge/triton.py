@@ -96,8 +96,7 @@ def _merge(
     identity_ee = identity(tile.block_e, base_DE.dtype)
     steps = jnp.maximum(pl.cdiv(pages, tile.pages), 1)  # one copies, where there are no pages
 
-    def add(i, carry):
-        base_de, update_de = carry
+    def add(i, sum_de):
         n, k = jax.lax.div(i, steps), jax.lax.rem(i, steps)
         column_e, is_column_e = columns_of(n)
         nth_r = k * tile.pages + rank_r // PAGE_RANKS
@@ -106,19 +105,20 @@ def _merge(
         page_r = plgpu.load(slot_at, mask=used_r, other=0) + layer_page
         row_r = page_r * PAGE_RANKS + rank_r % PAGE_RANKS
         at = (row_d[:, None], (first + column_e)[None, :])
-        mask_de = is_row_d[:, None] & is_column_e[None, :]
-        loaded_de = plgpu.load(base_DE.at[*at], mask=mask_de & (k == 0), other=0)
+        ends_de = is_row_d[:, None] & is_column_e[None, :] & (k == steps - 1)
+        base_de = plgpu.load(base_DE.at[*at], mask=ends_de, other=0)
         a_at, b_at = (row_r[:, None], row_d[None, :]), (row_r[:, None], column_e[None, :])
         a_rd = plgpu.load(a_RD.at[*a_at], mask=used_r[:, None] & is_row_d[None, :], other=0)
         b_re = plgpu.load(b_RE.at[*b_at], mask=used_r[:, None] & is_column_e[None, :], other=0)
-        base_de = jnp.where(k == 0, 0, base_de) + dot(loaded_de, identity_ee, contract=(1, 0))
-        update_de = jnp.where(k == 0, 0, update_de) + dot(a_rd, b_re, contract=(0, 0))
-        merged_de = (base_de + scale * update_de).astype(out_DE.dtype)
-        plgpu.store(out_DE.at[*at], merged_de, mask=mask_de & (k == steps - 1))
-        return base_de, update_de
+        # One accumulator, so that blocks can be large: scaled before the base comes in.
+        sum_de = jnp.where(k == 0, 0, sum_de) + dot(a_rd, b_re, contract=(0, 0))
+        sum_de = jnp.where(k == steps - 1, scale * sum_de, sum_de)
+        sum_de += dot(base_de, identity_ee, contract=(1, 0))
+        plgpu.store(out_DE.at[*at], sum_de.astype(out_DE.dtype), mask=ends_de)
+        return sum_de
 
     zeros_de = jnp.zeros((tile.block_d, tile.block_e), jnp.float32)
-    jax.lax.fori_loop(0, tile.blocks * steps, add, (zeros_de, zeros_de))
+    jax.lax.fori_loop(0, tile.blocks * steps, add, zeros_de)
 
 
 @functools.partial(jax.jit, static_argnames=("columns", "tile"), donate_argnames="merged_DE")

@@ -1,5 +1,6 @@
 import hypothesis
 import hypothesis.strategies as st
+import pytest
 
 from valora_jax.engine.buckets import Buckets, default_step_tokens
 
@@ -8,7 +9,7 @@ SIZES = st.fixed_dictionaries(
         max_requests=st.integers(1, 300),
         max_tokens_per_step=st.integers(1, 2048),
         tokens_per_image=st.sampled_from([1, 16, 64, 576]),
-        decode_growth=st.sampled_from([2, 4]),
+        spacing=st.sampled_from(["coarse", "fine"]),
     )
 ).filter(lambda sizes: sizes["max_requests"] <= sizes["max_tokens_per_step"])
 
@@ -30,17 +31,27 @@ def test_every_step_that_can_be_planned_has_a_shape_that_holds_it(sizes, data):
 @hypothesis.given(sizes=SIZES)
 def test_shapes_are_few_all_different_and_within_the_limits(sizes):
     buckets = list(Buckets(**sizes))
-    assert len(buckets) == len(set(buckets)) <= 16
+    assert len(buckets) == len(set(buckets)) <= (8 if sizes["spacing"] == "coarse" else 26)
     assert max(bucket.tokens for bucket in buckets) == sizes["max_tokens_per_step"]
     assert max(bucket.decodes for bucket in buckets) == sizes["max_requests"]
 
 
-def test_a_prompt_of_one_image_and_a_short_text_is_padded_little():
+@pytest.mark.parametrize("spacing", ["coarse", "fine"])
+def test_a_prompt_of_one_image_and_a_short_text_is_padded_little(spacing):
     buckets = Buckets(
-        max_requests=16, max_tokens_per_step=2048, tokens_per_image=576, decode_growth=2
+        max_requests=16, max_tokens_per_step=2048, tokens_per_image=576, spacing=spacing
     )
     assert buckets.choose(decodes=4, prompt_tokens=600).tokens <= 1.1 * 604
     assert buckets.choose(decodes=4, prompt_tokens=20).tokens <= 64
+
+
+@pytest.mark.parametrize("tokens", range(257, 2049, 64))
+def test_fine_sizes_pad_little_everywhere(tokens):
+    buckets = Buckets(
+        max_requests=64, max_tokens_per_step=2048, tokens_per_image=576, spacing="fine"
+    )
+    padded = buckets.choose(decodes=0, prompt_tokens=tokens).tokens - tokens
+    assert padded < max(128, tokens / 4)
 
 
 def test_the_largest_step_holds_two_such_prompts_by_default():

@@ -110,7 +110,7 @@ class Machine:
             gates=[self.adapters, self.images],
         )
         self.buckets = Buckets(
-            max_requests=REQUESTS, max_tokens_per_step=TOKENS, tokens_per_image=3, decode_growth=2
+            max_requests=REQUESTS, max_tokens_per_step=TOKENS, tokens_per_image=3, spacing="fine"
         )
         self.sources = Sources(
             page_tokens=PAGE,

@@ -8,10 +8,14 @@ neither lengths nor ranks are part of a shape.
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Literal
+
+type Spacing = Literal["coarse", "fine"]
 
 # A step's prompt chunks. More would only lengthen its arrays: prompts are longer than a few tokens.
 MAX_CHUNKS = 8
 SMALLEST_MIXED_TOKENS = 64
+_TILE_ROWS = 128
 
 
 def default_step_tokens(*, max_requests: int, tokens_per_image: int) -> int:
@@ -46,17 +50,26 @@ class Buckets:
         max_requests: int,
         max_tokens_per_step: int,
         tokens_per_image: int,
-        decode_growth: int,
+        spacing: Spacing,
     ):
-        """Decode sizes grow by `decode_growth`. Mixed sizes are spaced so that a prompt of one
-        image and a short text, the usual one, is padded little."""
+        """Cuts sizes finely or coarsely.
+
+        Args:
+          max_requests, max_tokens_per_step: the largest sizes.
+          tokens_per_image: a prompt of one and a short text, the usual one, is padded little.
+          spacing: "fine" pads a step of many prompt tokens by a fifth at most, where time follows
+            tokens and compilations are quick; "coarse" has as few sizes as will do.
+        """
+        growth = 2 if spacing == "fine" else 4
         sizes = itertools.takewhile(
-            lambda n: n < max_requests, (decode_growth**i for i in itertools.count())
+            lambda n: n < max_requests, (growth**i for i in itertools.count())
         )
         self.decode = [
             Bucket(tokens=n, decodes=n, chunks=0, rows=n) for n in [*sizes, max_requests]
         ]
         sizes = {SMALLEST_MIXED_TOKENS, tokens_per_image + SMALLEST_MIXED_TOKENS}
+        if spacing == "fine":
+            sizes |= set(_multiples(below=max_tokens_per_step))
         sizes = {n for n in sizes if max_requests <= n < max_tokens_per_step}
         self.mixed = [
             Bucket(tokens=n, decodes=max_requests, chunks=MAX_CHUNKS, rows=max_requests)
@@ -72,3 +85,11 @@ class Buckets:
             return next(bucket for bucket in self.decode if bucket.decodes >= decodes)
         tokens = decodes + prompt_tokens
         return next(bucket for bucket in self.mixed if bucket.tokens >= tokens)
+
+
+def _multiples(*, below: int) -> Iterator[int]:
+    """Sizes that fill whole tiles of a matmul, each at most a quarter more than the last."""
+    size = _TILE_ROWS
+    while size < below:
+        yield size
+        size += max(_TILE_ROWS, size // 4 // _TILE_ROWS * _TILE_ROWS)

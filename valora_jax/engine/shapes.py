@@ -45,7 +45,7 @@ class StepShapes:
             max_requests=config.max_requests,
             max_tokens_per_step=max_tokens_per_step,
             tokens_per_image=spec.tokens_per_image,
-            decode_growth=4 if platform == "cpu" else 2,
+            spacing="coarse" if platform == "cpu" else "fine",
         )
         automatic: Kernel = "triton" if platform == "gpu" else "xla"
         self.kernel: Kernel = automatic if config.kernels == "auto" else config.kernels

@@ -119,7 +119,7 @@ def step_limits(
         max_requests=max_requests,
         max_tokens_per_step=max_tokens_per_step,
         tokens_per_image=tokens_per_image,
-        decode_growth=2,
+        spacing="fine",
     )
     return StepLimits(
         max_requests=max_requests,

@@ -57,7 +57,12 @@ WITHOUT_JAX = [
     "valora_jax.engine.orchestrator",
     "valora_jax.engine.policies",
     "valora_jax.replay.arrivals",
+    "valora_jax.replay.driver",
+    "valora_jax.replay.points",
     "valora_jax.replay.report",
+    "valora_jax.replay.settings",
+    "valora_jax.replay.simulation",
+    "valora_jax.replay.systems",
 ]
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 MAX_LINES = {"pallas_kernels": 450, "tests": 450}

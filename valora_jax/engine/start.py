@@ -61,7 +61,6 @@ def start(folder: Path, config: EngineConfig, *, show_progress: bool) -> Parts:
       ValueError: the configured sizes do not fit the device.
     """
     console = Console(stderr=True, quiet=not show_progress)
-    _keep_compilations(config.compile_cache)
     spec = read_spec(read_config(folder))
     tokenizer, pixels = Tokenizer.from_folder(folder), ClipPixels.from_folder(folder)
     precision = Precision.choose(config.dtype, stored=spec.stored_dtype)
@@ -80,6 +79,7 @@ def assemble(
     console: Console,
 ) -> Parts:
     """Builds an engine's parts around a model."""
+    _keep_compilations(config.compile_cache)
     max_tokens_per_step = config.max_tokens_per_step or default_step_tokens(
         max_requests=config.max_requests, tokens_per_image=spec.tokens_per_image
     )

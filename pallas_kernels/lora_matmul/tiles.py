@@ -72,19 +72,20 @@ def multiprocessors(device: str | None) -> int:
 
 def block_rows(rows: int) -> int:
     """Returns a good height of row tiles for a step of so many rows."""
-    if rows <= 64:  # decodes: a few rows of each of many adapters
-        return 16
-    # 64 rows are the least that Hopper's own matmul instruction takes.
-    return 32 if rows < 256 else 64
+    # Few rows may be of many adapters; 64 are the least that Hopper's own matmul instruction takes.
+    return 16 if rows < 256 else 64
 
 
-def lora_tile(*, rows: int, width: int, columns: int, device: str | None = None) -> LoraTile:
+def lora_tile(
+    *, rows: int, width: int, columns: int, itemsize: int = 2, device: str | None = None
+) -> LoraTile:
     """Returns a good tile for a shape, from what bounds it: latency, then bytes, then matmuls.
 
     Args:
       rows: T, at least 1.
       width: D.
       columns: E, of all linears that share the input.
+      itemsize: bytes of an element of x and y.
       device: `jax.Device.device_kind`; an H100 when None or unknown.
     """
     count = multiprocessors(device)
@@ -95,21 +96,20 @@ def lora_tile(*, rows: int, width: int, columns: int, device: str | None = None)
     tile = LoraTile(
         block_rows=height,
         # One for each row of a decode, as each may bring another adapter; more than there is work
-        # for cost a prompt time.
-        row_programs=min(rows, 64) if rows < 256 else row_tiles + 8,
+        # for cost time.
+        row_programs=min(rows, row_tiles + (32 if rows < 256 else 8)),
         shrink=dataclasses.replace(shrink, block_k=max(16, min(128, power_of_two(width)))),
         expand=dataclasses.replace(
             expand, block_columns=max(16, min(expand.block_columns, power_of_two(columns)))
         ),
     )
-    return fitted(tile, itemsize=4)
+    return fitted(tile, itemsize=itemsize)
 
 
 def _expand_tile(height: int, row_tiles: int, *, splits: int, multiprocessors: int) -> ExpandTile:
     """Steps in flight where a program has several; sums to add up are no operands to be so."""
     if height < 64 or splits > 1:
-        columns = 64 if height == 32 else 128  # more take more registers than there are
-        return ExpandTile(block_columns=columns, blocks=1, block_ranks=64, warps=4, stages=1)
+        return ExpandTile(block_columns=128, blocks=1, block_ranks=64, warps=4, stages=1)
     # Narrow blocks, so that programs have few registers and many are in flight.
     if 4 * row_tiles > multiprocessors:
         return ExpandTile(block_columns=64, blocks=16, block_ranks=64, warps=4, stages=7)
@@ -125,16 +125,25 @@ def _shrink_tile(
     shrink a few reads of x.
     """
     if height < 64:
-        # Few rows wait for each other's bytes, more of them fill the device.
-        splits = min(8, max(1, width // (1024 if row_tiles == 1 else 2048)))
+        # Many small programs: one without work costs less than a nanosecond. Twice the splits
+        # would cost the expand more than they spare the shrink.
         return ShrinkTile(
-            block_k=128, block_ranks=32, rank_programs=2, splits=splits, warps=4, stages=4
+            block_k=128,
+            block_ranks=16,
+            rank_programs=8,
+            splits=max(1, min(8, width // 1024)),
+            warps=4,
+            stages=5,
         )
     if 4 * row_tiles > multiprocessors:
-        # Programs of one linear are few: each has a multiprocessor's shared memory to itself.
-        stages = 6 if columns <= width else 3
+        if columns > width:  # several linears fill the device
+            return ShrinkTile(
+                block_k=128, block_ranks=64, rank_programs=1, splits=1, warps=4, stages=3
+            )
+        # Where programs are few, each has a multiprocessor's shared memory to itself.
+        stages = 8 if 2 * row_tiles <= multiprocessors else 4
         return ShrinkTile(
-            block_k=128, block_ranks=64, rank_programs=1, splits=1, warps=4, stages=stages
+            block_k=128, block_ranks=32, rank_programs=2, splits=1, warps=4, stages=stages
         )
     # Sums cost by the columns that are expanded, and spare time by those that are summed.
     splits = max(1, min(2 * width // columns, multiprocessors // (4 * row_tiles)))

@@ -128,7 +128,7 @@ def _expand_body(
         program, programs = any_program - first_program, _column_programs(b_RE, cut)
         first_program += programs
         multiply = functools.partial(
-            _expand_tile,
+            _add_in_flight if cut.stages > 1 else _add_at_once,
             y_TE=y_TE,
             layer=layer,
             table_MX=table_MX,
@@ -150,7 +150,81 @@ def _expand_body(
             for_each_tile(multiply, table_MX, first_m, row_programs, **block)
 
 
-def _expand_tile(
+def _add_at_once(of: TileRow, m, *, first_block, block_rows: int, cut: ExpandTile, **operands):
+    """Adds `h @ B` to row tile m of a part, in some blocks of its columns, step after step."""
+    row_t, in_tile_t = rows_of(of, block_rows=block_rows)
+    # Most tiles of a decode have one row, for which a block of rows takes as many instructions as
+    # for all of them; these bound many small programs.
+    one_row = (of.rows == 1) & (block_rows < 64)
+
+    def add(n, _):
+        add_to = functools.partial(_add_block, of, m, first_block + n, cut=cut, **operands)
+
+        @pl.when((of.pages > 0) & one_row)
+        def _():
+            add_to(of.first, one_row)
+
+        @pl.when((of.pages > 0) & ~one_row)
+        def _():
+            add_to(row_t[:, None], in_tile_t[:, None])
+
+    jax.lax.fori_loop(0, cut.blocks, add, None)
+
+
+def _add_block(
+    of: TileRow,
+    m,
+    block,
+    row,
+    is_row,
+    *,
+    y_TE,
+    layer,
+    table_MX,
+    h_UC,
+    b_RE,
+    out_TE,
+    first_column: int,
+    first_rank: int,
+    pages: int,
+    dtype,
+    cut: ExpandTile,
+) -> None:
+    """Adds to a block of columns of rows `[t, 1]`, or of one row, a scalar."""
+    T, block_ranks = y_TE.shape[0], cut.block_ranks
+    at_e = block * cut.block_columns + jnp.arange(cut.block_columns)
+    in_part_e = at_e < b_RE.shape[1]
+
+    def beside(of_row):
+        return of_row[None, :] if row.ndim else of_row
+
+    # Loaded first, for its latency; added last, in the layout in which it is stored.
+    y_at, y_mask = (row, beside(first_column + at_e)), is_row & beside(in_part_e)
+    y = plgpu.load(y_TE.at[*y_at], mask=y_mask, other=0)
+
+    def add_ranks(k, carry):
+        sums, page_r = carry
+        next_page_r = page_ids(table_MX, m, k + 1, block_ranks=block_ranks)
+        rank_r, in_list_r = ranks_of(of, k, block_ranks=block_ranks)
+        row_r = pool_rows(page_r, rank_r, layer=layer, pages=pages)
+        b_at, mask_re = (row_r[:, None], at_e[None, :]), in_list_r[:, None] & in_part_e[None, :]
+        b_re = plgpu.load(b_RE.at[*b_at], mask=mask_re, other=0).astype(dtype)
+        h_mask = is_row & beside(in_list_r)
+        h = _sum_of_splits(h_UC, row, beside(first_rank + rank_r), h_mask, T=T).astype(dtype)
+        if row.ndim:
+            sums += dot(h, b_re, contract=(1, 0))
+        else:
+            sums += jnp.sum(h.astype(jnp.float32)[:, None] * b_re.astype(jnp.float32), axis=0)
+        return sums, next_page_r
+
+    steps = pl.cdiv(of.pages * PAGE_RANKS, block_ranks)
+    zeros = jnp.zeros(y.shape, jnp.float32)
+    sums, _ = jax.lax.fori_loop(0, steps, add_ranks, (zeros, of.page_r))
+    out = (y.astype(jnp.float32) + sums).astype(out_TE.dtype)
+    plgpu.store(out_TE.at[*y_at], out, mask=y_mask)
+
+
+def _add_in_flight(
     of: TileRow,
     m,
     *,
@@ -168,22 +242,18 @@ def _expand_tile(
     block_rows: int,
     cut: ExpandTile,
 ) -> None:
-    """Adds `h @ B` to row tile m of a part, in some blocks of its columns.
+    """Adds `h @ B` to row tile m of a part, the loads of several steps in flight.
 
-    With several stages y goes through the matmul unit, too, for its loads: see `identity`.
+    y goes through the matmul unit, too, for its loads: see `identity`.
     """
     T, block_ranks = y_TE.shape[0], cut.block_ranks
     row_t, in_tile_t = rows_of(of, block_rows=block_rows)
     identity_ee = identity(cut.block_columns, y_TE.dtype)
-    steps = pl.cdiv(of.pages * PAGE_RANKS, cut.block_ranks)
+    steps = pl.cdiv(of.pages * PAGE_RANKS, block_ranks)
 
-    def add(i, carry):
-        sum_te, page_r = carry
+    def add(i, sum_te):
         n, k = jax.lax.div(i, steps), jax.lax.rem(i, steps)
-        if cut.stages == 1:  # the next step's, so that no load of this one waits for them
-            next_page_r = page_ids(table_MX, m, jax.lax.rem(i + 1, steps), block_ranks=block_ranks)
-        else:  # this step's, which Triton loads early enough
-            page_r = next_page_r = page_ids(table_MX, m, k, block_ranks=block_ranks)
+        page_r = page_ids(table_MX, m, k, block_ranks=block_ranks)
         at_e = (first_block + n) * cut.block_columns + jnp.arange(cut.block_columns)
         in_part_e = at_e < b_RE.shape[1]
         y_at = (row_t[:, None], (first_column + at_e)[None, :])
@@ -191,28 +261,25 @@ def _expand_tile(
         y_te = plgpu.load(y_TE.at[*y_at], mask=ends_te, other=0)
         rank_r, in_list_r = ranks_of(of, k, block_ranks=block_ranks)
         mask_tr = in_tile_t[:, None] & in_list_r[None, :]
-        h_tr = _sum_of_splits(h_UC, row_t, first_rank + rank_r, mask_tr, T=T)
+        h_at = (row_t[:, None], (first_rank + rank_r)[None, :])
+        h_tr = _sum_of_splits(h_UC, *h_at, mask_tr, T=T)
         row_r = pool_rows(page_r, rank_r, layer=layer, pages=pages)
         b_at, mask_re = (row_r[:, None], at_e[None, :]), in_list_r[:, None] & in_part_e[None, :]
         b_re = plgpu.load(b_RE.at[*b_at], mask=mask_re, other=0)
         sum_te = jnp.where(k == 0, 0, sum_te)
         sum_te += dot(h_tr.astype(dtype), b_re.astype(dtype), contract=(1, 0))
-        if cut.stages == 1:
-            out_te = y_te.astype(jnp.float32) + sum_te
-        else:
-            out_te = sum_te = sum_te + dot(y_te, identity_ee, contract=(1, 0))
-        plgpu.store(out_TE.at[*y_at], out_te.astype(out_TE.dtype), mask=ends_te)
-        return sum_te, next_page_r
+        sum_te += dot(y_te, identity_ee, contract=(1, 0))
+        plgpu.store(out_TE.at[*y_at], sum_te.astype(out_TE.dtype), mask=ends_te)
+        return sum_te
 
     zeros_te = jnp.zeros((block_rows, cut.block_columns), jnp.float32)
-    jax.lax.fori_loop(0, cut.blocks * steps, add, (zeros_te, of.page_r))
+    jax.lax.fori_loop(0, cut.blocks * steps, add, zeros_te)
 
 
-def _sum_of_splits(h_UC, row_t, at_r, mask_tr, *, T: int) -> jax.Array:
-    """The partial sums of T rows each, added up in order: `[t, r]`."""
+def _sum_of_splits(h_UC, row, at_r, mask, *, T: int) -> jax.Array:
+    """The partial sums of T rows each, added up in order: `[t, r]`, or `[r]` of one row."""
     splits = h_UC.shape[0] // T
-    h_utr = [  # unrolled, so that all loads are in flight
-        plgpu.load(h_UC.at[(u * T + row_t)[:, None], at_r[None, :]], mask=mask_tr, other=0)
-        for u in range(splits)
+    h_u = [  # unrolled, so that all loads are in flight
+        plgpu.load(h_UC.at[u * T + row, at_r], mask=mask, other=0) for u in range(splits)
     ]
-    return functools.reduce(jnp.add, h_utr)
+    return functools.reduce(jnp.add, h_u)

@@ -62,7 +62,9 @@ def computed_tile(
     key: Key, *, block_rows: int, device: str, itemsize: int = ITEM_BYTES
 ) -> LoraTile:
     """The tile without a table, for row tiles of any height."""
-    computed = functools.partial(lora_tile, width=key.width, columns=key.columns, device=device)
+    computed = functools.partial(
+        lora_tile, width=key.width, columns=key.columns, itemsize=itemsize, device=device
+    )
     tile = computed(rows=key.tokens)
     if tile.block_rows != block_rows:
         # A tile is computed for the height that suits its rows; another height is that of others.
@@ -73,7 +75,7 @@ def computed_tile(
             block_rows=block_rows,
             row_programs=tile.row_programs,
         )
-    # Taller row tiles and wider numbers take more shared memory.
+    # Taller row tiles take more shared memory.
     return fitted(tile, itemsize=itemsize)
 
 

@@ -84,7 +84,7 @@ def test_other_dtypes_lower_too(dtype):
 @pytest.mark.parametrize("rows", [1, 8, 64, 65, 255, 256, 1000, 4096, 32768])
 @pytest.mark.parametrize(("width", "columns"), [(8, 8), (40, 24), (4096, 12288), (13824, 5120)])
 def test_computed_tiles_are_legal(rows, width, columns, itemsize):
-    tile = tiles.lora_tile(rows=rows, width=width, columns=columns)
+    tile = tiles.lora_tile(rows=rows, width=width, columns=columns, itemsize=itemsize)
     assert tiles.refusals(tile, itemsize=itemsize) == []
     assert tile.block_rows == tiles.block_rows(rows)
 

@@ -86,9 +86,10 @@ def check(parts, x_TD, y_TE, adapters, *, merged=-1, tile: LoraTile | None = TIL
     return got_TE
 
 
+@pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("adapters", "pages_of", "merged"), CASES.values(), ids=CASES.keys())
-def test_every_row_gets_its_own_adapter(adapters, pages_of, merged, dtype):
+def test_every_row_gets_its_own_adapter(adapters, pages_of, merged, dtype, stages):
     # Widths that no block divides; the second part serves fewer adapters than the first.
     x_TD, y_TE = make_rows(len(adapters), 40, 24 + 16, dtype)
     of_second = {slot: pages[:1] for slot, pages in pages_of.items() if slot != 2}
@@ -96,7 +97,9 @@ def test_every_row_gets_its_own_adapter(adapters, pages_of, merged, dtype):
         make_part(pages_of, width=40, columns=24, column=0, dtype=dtype),
         make_part(of_second, width=40, columns=16, column=24, dtype=dtype),
     ]
-    check(parts, x_TD, y_TE, adapters, merged=merged)
+    expand = dataclasses.replace(TILE.expand, stages=stages)
+    tile = dataclasses.replace(TILE, expand=expand)
+    check(parts, x_TD, y_TE, adapters, merged=merged, tile=tile)
 
 
 def make_linear(dtype=jnp.float32, pool_dtype=None):
@@ -159,9 +162,10 @@ def test_any_number_of_programs_shares_the_row_tiles(programs):
     check(*make_linear(), tile=dataclasses.replace(TILE, row_programs=programs))
 
 
+@pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize("blocks", [1, 2, 3, 8])
-def test_any_number_of_blocks_of_columns_of_a_program(blocks):
-    expand = dataclasses.replace(TILE.expand, blocks=blocks)
+def test_any_number_of_blocks_of_columns_of_a_program(blocks, stages):
+    expand = dataclasses.replace(TILE.expand, blocks=blocks, stages=stages)
     check(*make_linear(), tile=dataclasses.replace(TILE, expand=expand))
 
 

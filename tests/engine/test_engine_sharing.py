@@ -14,7 +14,7 @@ from tests.engine.engines import (
     with_images,
 )
 from valora_jax.engine.sampling_params import SamplingParams
-from valora_jax.errors import AdapterNotFoundError
+from valora_jax.errors import AdapterNotFoundError, OutOfCapacityError
 
 QUESTION = "USER: Which sign is closer? ASSISTANT:"
 LORA, OTHER, VISION = "a03_all_linear_lm_r16", "a19_attn_lm_r8_b", "a05_vision_proj_r8"
@@ -236,3 +236,23 @@ def test_closing_an_engine_ends_its_requests_and_leaves_it_usable(engine):
     lasts = [[*stream][-1] for stream in streams]
     assert {last.outputs[0].finish_reason for last in lasts} == {"abort"}
     assert answer(engine, "Hi", max_tokens=2).finish_reason == "length"
+
+
+def test_a_pinned_adapter_stays_while_others_take_turns():
+    engine = engine_of(max_adapters=2, warm_up=False)
+    names = ["a01_attn_lm_r8", "a02_attn_suffix_r4", "a06_qv_r64"]
+    load(engine, *names)
+    engine.pin_adapter(names[0])
+    try:
+        for name in names[1:] * 2:
+            answer(engine, "x", adapter=name, max_tokens=1)
+        pinned = [info for info in engine.list_adapters() if info.pinned]
+        assert [info.ref.name for info in pinned] == names[:1]
+        assert pinned[0].ref in engine.metrics().resident
+        with pytest.raises(OutOfCapacityError, match="cannot be pinned"):
+            engine.pin_adapter(names[1])
+    finally:
+        engine.unpin_adapter(names[0])
+    for name in names[1:]:
+        answer(engine, "x", adapter=name, max_tokens=1)
+    assert pinned[0].ref not in engine.metrics().resident

@@ -252,6 +252,11 @@ class EngineAdapters:
         """The adapter slot of a running request, -1 for the base model."""
         return self._slot_of[request]
 
+    def vision_slot(self, request: Request) -> int:
+        """The same for its images: -1 also where its adapter leaves tower and projector alone."""
+        ref = request.adapter
+        return self.slot(request) if ref is not None and self.changes_vision(ref) else -1
+
     def slot_of(self, ref: AdapterRef) -> int | None:
         """The slot of a version whose arrays are on the device, whether it is in use or not."""
         return self._residency.slot_of(ref)

@@ -162,7 +162,7 @@ class EngineCore:
                 (
                     self._jobs[image.request].pixels[image.index],
                     image.slot,
-                    self.adapters.slot(image.request) if self.adapters else -1,
+                    self.adapters.vision_slot(image.request) if self.adapters else -1,
                 )
                 for image in new
             ]

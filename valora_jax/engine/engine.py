@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from valora_jax.config import EngineConfig
 from valora_jax.engine.adapters import EngineAdapters
-from valora_jax.engine.generation import CheckedPrompt, Generation, Prompts
+from valora_jax.engine.generation import CheckedPrompt, Generation, Prompts, one_each
 from valora_jax.engine.metrics import EngineMetrics
 from valora_jax.engine.outputs import ClassificationOutput, RequestOutput
 from valora_jax.engine.sampling_params import SamplingParams
@@ -73,6 +73,8 @@ class Engine:
         with self._lock:
             while self._core.has_work:
                 self._core.step()
+            if self._core.adapters:
+                self._core.adapters.close()
 
     def generate(
         self,
@@ -104,8 +106,8 @@ class Engine:
         """
         prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         one_or_each = SamplingParams() if sampling_params is None else sampling_params
-        params = _one_each("sampling_params", one_or_each, len(prompts))
-        adapters = _one_each("adapter", adapter, len(prompts))
+        params = one_each("sampling_params", one_or_each, len(prompts))
+        adapters = one_each("adapter", adapter, len(prompts))
         self._check_adapters(adapters)
         checked = [
             self._prompts.check(p, params) for p, params in zip(prompts, params, strict=True)
@@ -174,22 +176,14 @@ class Engine:
           ValueError: an adapter has no task head; also whatever `generate` raises.
         """
         prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        names = _one_each("adapter", adapter, len(prompts))
+        names = one_each("adapter", adapter, len(prompts))
         self._check_adapters(names)
         for name in names:
             classes = self._with_adapters(lambda a, name=name: name and a.classes(a.resolve(name)))
             if not classes:
                 raise ValueError(f"adapter {name!r} has no task head; call generate")
         done = self._run_once(prompts, names, classify=True)
-        outputs = []
-        for generation in done:
-            output, all_C = generation.output(), generation.jobs[0].classes
-            ref = output.adapter
-            assert ref is not None  # `_check_adapters` saw its name
-            assert all_C is not None  # the request has run
-            classes = self._with_adapters(lambda adapters, ref=ref: adapters.classes(ref))
-            outputs.append(ClassificationOutput.of(output, all_C[:classes]))
-        return outputs
+        return self._with_adapters(lambda a: [g.classified(a.classes) for g in done])
 
     def prompt_logits(
         self, prompts: Sequence[Prompt], *, adapter: str | Sequence[str | None] | None = None
@@ -198,7 +192,7 @@ class Engine:
 
         Raises what `generate` raises.
         """
-        names = _one_each("adapter", adapter, len(prompts))
+        names = one_each("adapter", adapter, len(prompts))
         done = self._run_once(prompts, names, keep_logits=True)
         return [np.concatenate(g.jobs[0].scores.logits) for g in done if g.jobs[0].scores]
 
@@ -224,6 +218,19 @@ class Engine:
     def unload_adapter(self, name: str) -> None:
         """Takes a name away; requests in the engine finish. Raises AdapterNotFoundError."""
         self._with_adapters(lambda adapters: adapters.unload(name))
+
+    def pin_adapter(self, name: str) -> None:
+        """Keeps an adapter on the device, its later versions included, until `unpin_adapter`.
+
+        Raises:
+          AdapterNotFoundError: there is no such name.
+          OutOfCapacityError: some other adapter would never find a place.
+        """
+        self._with_adapters(lambda adapters: adapters.pin(name))
+
+    def unpin_adapter(self, name: str) -> None:
+        """Lets an adapter go when its place is needed. Raises AdapterNotFoundError."""
+        self._with_adapters(lambda adapters: adapters.unpin(name))
 
     def list_adapters(self) -> list[AdapterInfo]:
         """Every version that is loaded, or still in use."""
@@ -338,12 +345,3 @@ class Engine:
     def _step(self) -> None:
         with self._lock:
             self._core.step()
-
-
-def _one_each(what: str, value: Any, number: int) -> list[Any]:
-    """One value for all, or a sequence that has one for each."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return [value] * number
-    if len(value) != number:
-        raise ValueError(f"{what} has {len(value)} entries for {number} prompts; give one for each")
-    return list(value)

@@ -4,10 +4,12 @@ import dataclasses
 import itertools
 import random
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from valora_jax.engine.answer import Answer, PromptScores
 from valora_jax.engine.core import Job
-from valora_jax.engine.outputs import RequestOutput
+from valora_jax.engine.outputs import ClassificationOutput, RequestOutput
 from valora_jax.engine.request import ImageSpan, Request
 from valora_jax.engine.sampler import MAX_BANNED
 from valora_jax.engine.sampling_params import SamplingParams
@@ -68,6 +70,13 @@ class Generation:
             prompt_logprobs=list(scores.logprobs) if scores and scores.number is not None else None,
             adapter=first.request.adapter,
         )
+
+    def classified(self, classes_of: Callable[[AdapterRef], int]) -> ClassificationOutput:
+        """What the task head of the adapter said; `classes_of` counts an adapter's classes."""
+        output, all_C = self.output(), self.jobs[0].classes
+        assert output.adapter is not None  # the caller saw that it has a task head
+        assert all_C is not None  # the request has run
+        return ClassificationOutput.of(output, all_C[: classes_of(output.adapter)])
 
 
 class Prompts:
@@ -184,3 +193,12 @@ class Prompts:
             ),
             scores=scores if wants_scores else None,
         )
+
+
+def one_each(what: str, value: Any, number: int) -> list[Any]:
+    """One value for all, or a sequence that has one for each."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [value] * number
+    if len(value) != number:
+        raise ValueError(f"{what} has {len(value)} entries for {number} prompts; give one for each")
+    return list(value)

@@ -66,6 +66,10 @@ class Traits:
             self._known[ref] = traits
         return traits
 
+    def warm_up(self) -> None:
+        """Compiles the measurement."""
+        update_energy(self._decoder_pools(), np.int32(0))
+
     def forget(self, ref: AdapterRef) -> None:
         """Drops what is known of a version that is gone."""
         self._known.pop(ref, None)
@@ -75,8 +79,7 @@ class Traits:
         """Whether a version can be merged; None while that is not known."""
         if (energy := self._pending.get(ref)) is None:
             if (slot := self._adapters.slot_of(ref)) is not None:
-                decoder = {s: pool for s, pool in self._pools().items() if s.startswith(DECODER)}
-                self._pending[ref] = update_energy(decoder, np.int32(slot))
+                self._pending[ref] = update_energy(self._decoder_pools(), np.int32(slot))
             return None
         # Types of jax lack `is_ready`, its documentation has it.
         if not all(x.is_ready() for x in energy.values()):  # pyright: ignore[reportAttributeAccessIssue]
@@ -106,9 +109,11 @@ class Traits:
     def _mean_pages(self, ref: AdapterRef) -> float:
         """Pages of a linear of the decoder, weighed by what a page of it holds."""
         pages, total, weights = self._adapters.pages(ref), 0.0, 0.0
-        for site, pool in self._pools().items():
-            if site.startswith(DECODER):
-                weight = pool.a_RD.shape[1] + pool.b_RE.shape[1]
-                weights += weight
-                total += weight * pages.get(site, 0)
+        for site, pool in self._decoder_pools().items():
+            weight = pool.a_RD.shape[1] + pool.b_RE.shape[1]
+            weights += weight
+            total += weight * pages.get(site, 0)
         return total / weights
+
+    def _decoder_pools(self) -> dict[str, LoraPool]:
+        return {site: pool for site, pool in self._pools().items() if site.startswith(DECODER)}

@@ -188,6 +188,7 @@ class Modes:
         """Compiles what fills the copy, and measures it; before any adapter is placed."""
         if self.copy is not None:
             self.orchestrator.costs.merge_ms = self.copy.measure_ms(self._pools())
+            self.traits.warm_up()
 
     def _merge_some(self, ref: AdapterRef) -> None:
         """Enqueues some more layers of a version's copy, or begins it."""

@@ -56,7 +56,11 @@ def compiled():
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return jax.jit(fn).lower(*here).compile()
 
-    return compile_fn
+    # What a described device compiled cannot be read back from a cache of compilations.
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield compile_fn
+    jax.config.update("jax_enable_compilation_cache", cached)
 
 
 def shapes_of(width, widths, rows):

@@ -114,3 +114,15 @@ def test_merges_are_measured():
     for _ in range(20):
         costs.observe_merge(63.5)
     assert costs.merge_ms == pytest.approx(63.5, rel=0.01)
+
+
+def test_a_bucket_that_was_not_seen_yet_takes_over_what_is_known_of_the_mode():
+    costs = taught(SLOW, steps=300)
+    for decodes in (2, 3, 5, 6, 7):
+        for _ in range(10):
+            mixture = load_of(decodes=decodes, adapters=2, mode=Mode.MIXTURE)
+            costs.observe(mixture, 1.1 * SLOW.of(mixture))
+            unmerged = load_of(decodes=decodes, adapters=2)
+            costs.observe(unmerged, SLOW.of(unmerged))
+    new = load_of(decodes=9, adapters=2, mode=Mode.MIXTURE)
+    assert costs.estimate_ms(new) == pytest.approx(1.1 * SLOW.of(new), rel=0.04)

@@ -75,8 +75,9 @@ _RATIO_FADES_STEPS = 1000
 class StepCosts:
     """Estimates the time of a step before it runs, and learns from those that ran.
 
-    A Kalman filter over the terms of `StepTimes`, then a ratio for each mode and bucket. The ratio
-    of a mode that is not used fades away: otherwise one bad measurement could rule it out for good.
+    A Kalman filter over the terms of `StepTimes`, then a ratio for each mode and bucket, which is
+    that of the mode where a bucket has none yet. The ratio of a mode that is not used fades away:
+    otherwise one bad measurement could rule it out for good.
     """
 
     def __init__(self, first_guess: StepTimes | None = None, *, merge_ms: float = 10.0):
@@ -94,14 +95,13 @@ class StepCosts:
             [variance if i == j else 0.0 for j in range(len(self._terms))]
             for i, variance in enumerate(self._variances)
         ]
-        self._ratios: dict[tuple[Mode, Hashable], tuple[float, int]] = {}
+        # Mode and bucket, or the mode alone -> measured over estimated, and at which step.
+        self._ratios: dict[tuple[Mode, Hashable] | Mode, tuple[float, int]] = {}
         self._steps = 0
 
     def estimate_ms(self, load: StepLoad) -> float:
         """Milliseconds that a step will take."""
-        ratio, seen = self._ratios.get((load.mode, load.bucket), (1.0, 0))
-        faded = 1 + (ratio - 1) * math.exp((seen - self._steps) / _RATIO_FADES_STEPS)
-        return self._line_ms(load) * faded
+        return self._line_ms(load) * self._ratio(load)
 
     def observe(self, load: StepLoad, ms: float) -> None:
         """Learns from a step that took `ms`, more than zero."""
@@ -110,15 +110,24 @@ class StepCosts:
         if self._steps > _UNLIMITED_STEPS:
             bound = _LARGEST_SURPRISE * predicted
             ms = min(max(ms, predicted - bound), predicted + bound)
-        key = (load.mode, load.bucket)
-        ratio = self._ratios.get(key, (1.0, 0))[0]
+        ratio = self._ratio(load)
         self._learn_terms(load.features(), ms)
-        ratio += _RATIO_RATE * (ms / self._line_ms(load) - ratio)
-        self._ratios[key] = (ratio, self._steps)
+        measured = ms / self._line_ms(load)
+        self._ratios[load.mode, load.bucket] = (
+            ratio + _RATIO_RATE * (measured - ratio),
+            self._steps,
+        )
+        ratio = self._ratios.get(load.mode, (1.0, 0))[0]
+        self._ratios[load.mode] = (ratio + _RATIO_RATE * (measured - ratio), self._steps)
 
     def observe_merge(self, ms: float) -> None:
         """Learns from a merge of all linears whose chunks took `ms` together."""
         self.merge_ms += 0.3 * (ms - self.merge_ms)
+
+    def _ratio(self, load: StepLoad) -> float:
+        of_mode = self._ratios.get(load.mode, (1.0, 0))
+        ratio, seen = self._ratios.get((load.mode, load.bucket), of_mode)
+        return 1 + (ratio - 1) * math.exp((seen - self._steps) / _RATIO_FADES_STEPS)
 
     def _line_ms(self, load: StepLoad) -> float:
         step, decode, prompt, lora, page, token_page = self._terms

@@ -19,7 +19,7 @@ import math
 from valora_jax.engine.rounds import EVERYBODY_UNMERGED, Adapter, Chunks, Decision, Round
 
 _LEAST_GAIN = 0.02  # of the mean time of a token, below which nobody is held back
-_LEAST_MODE_GAIN = 0.01  # of a step's time, below which the mode stays
+_LEAST_MODE_GAIN = 0.02  # of a step's time, below which the mode stays; estimates err by as much
 _HORIZON_S = 5.0  # how long what a copy would have saved is remembered, and expected to go on
 _RETURN = 2.0  # gain of a merge in units of its cost and of the gain that it gives up
 

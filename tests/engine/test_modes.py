@@ -6,8 +6,17 @@ import logging
 import numpy as np
 import pytest
 
-from tests.engine.engines import ADAPTER_INDEX, ADAPTERS, answer, engine_of, load, with_images
+from tests.engine.engines import (
+    ADAPTER_INDEX,
+    ADAPTERS,
+    GOLDENS,
+    answer,
+    engine_of,
+    load,
+    with_images,
+)
 from tests.fixed_policy import Restless, decided, fold, ruled_by
+from valora_jax.engine.engine import Engine
 from valora_jax.engine.rounds import Decision
 from valora_jax.engine.sampling_params import SamplingParams
 from valora_jax.lora.mode import Mode
@@ -196,6 +205,22 @@ def test_without_a_copy_nobody_is_merged_and_everybody_served():
     assert answer(engine, PROMPT, max_tokens=4).token_ids == want
     answer(engine, PROMPT, adapter=SPARE, max_tokens=4)
     assert set(modes.tokens) == {Mode.UNMERGED}
+
+
+def test_memory_too_small_for_the_copy_is_said_once_and_serves_without(monkeypatch, caplog, engine):
+    plan = engine.parts.memory
+    taken_bytes = plan.adapters_bytes + plan.features_bytes + plan.sampler_bytes
+    free_bytes = taken_bytes + plan.kv_pages * plan.page_bytes + plan.copy_bytes // 2
+    monkeypatch.setattr("valora_jax.engine.start.free_device_bytes", lambda: free_bytes)
+    config = dataclasses.replace(engine.config, memory_fraction=1.0, warm_up=False)
+    model = GOLDENS / "checkpoints" / "llava15-tiny"
+    with caplog.at_level(logging.WARNING), Engine(model, config, show_progress=False) as small:
+        load(small, SPARE)
+        assert small.parts.memory.copy_bytes == 0
+        assert small.parts.core.modes.copy is None
+        answer(small, PROMPT, adapter=SPARE, max_tokens=2)
+    [line] = [r.getMessage() for r in caplog.records if "folded into the weights" in r.getMessage()]
+    assert 'merge="off"' in line
 
 
 @pytest.mark.parametrize("policy", ["valora", "merged", "dlora"])

@@ -47,7 +47,6 @@ CONFIG = EngineConfig(
     lora_pages=16,
     max_replaced_heads=1,
     warm_up=False,  # most models here answer few requests, each of few shapes
-    policy="unmerged",
 )
 SPARE = "folded in for others"
 

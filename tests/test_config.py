@@ -52,3 +52,17 @@ def test_every_fault_is_listed_at_once():
 def test_a_config_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         EngineConfig().seed = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(policy="merge"), r"policy='merge' is not one of valora, unmerged, merged, dlora"),
+        (dict(merge="of"), r"merge='of' is not one of copy, off"),
+        (dict(policy="merged", merge="off"), r"would serve one adapter at a time for nothing"),
+        (dict(max_wait_s=0), r"max_wait_s=0 must be positive"),
+    ],
+)
+def test_modes_are_known_and_go_together(changes, message):
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**changes)

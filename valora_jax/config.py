@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Kernels = Literal["auto", "triton", "xla"]
@@ -46,8 +46,9 @@ class EngineConfig:
         time, "dlora" follows dLoRA: these two are for comparison.
       max_wait_s: how long a policy may hold back a request, until its first token and from token
         to token.
-      merge: "copy" keeps a second copy of the decoder's linears to fold adapters into, if it leaves
-        at least half of the key-value cache; "off" saves its memory, and no step is merged then.
+      merge: "copy" keeps a second copy of the decoder's linears to fold adapters into, unless the
+        policy is "unmerged" or the key-value cache would lose half of its memory; "off" saves it,
+        and no step is merged then.
       compile_cache: folder for compiled steps, so that the next start is quick; None compiles anew.
       warm_up: compile every step's shape at the start. Without it a shape compiles when first met.
       seed: of requests that bring none.
@@ -104,6 +105,13 @@ class EngineConfig:
             for name, low in least.items()
             if values[name] is not None and values[name] < low
         ]
+        for name, known in {"policy": PolicyName, "merge": Merge}.items():
+            if (value := getattr(self, name)) not in get_args(known):
+                faults.append(f"{name}={value!r} is not one of {', '.join(get_args(known))}")
+        if self.policy == "merged" and self.merge == "off":
+            faults.append(
+                'policy="merged" with merge="off" would serve one adapter at a time for nothing'
+            )
         if self.max_wait_s <= 0:
             faults.append(
                 f"max_wait_s={self.max_wait_s} must be positive: a step takes time itself"

@@ -88,9 +88,9 @@ def _check_parts(
         (layers, slots), width = part.pool.scale_LS.shape, part.pool.a_RD.shape[1]
         if width != D:
             raise ValueError(f"pool is for inputs of width {width}, base_DE has {D}")
-        if isinstance(layer, int) and not 0 <= layer < layers:
+        if not isinstance(layer, jax.Array) and not 0 <= layer < layers:
             raise ValueError(f"layer={layer} is not in [0, {layers})")
-        if isinstance(slot, int) and not 0 <= slot < slots:
+        if not isinstance(slot, jax.Array) and not 0 <= slot < slots:
             raise ValueError(f"slot={slot} is not in [0, {slots})")
         stop = part.column + part.pool.b_RE.shape[1]
         if not free <= part.column <= stop <= E:

@@ -6,6 +6,7 @@ come out of the compilation cache.
 
 import dataclasses
 import functools
+import gc
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL import Image
 from valora_jax.config import EngineConfig
 from valora_jax.engine.engine import Engine
 from valora_jax.engine.outputs import CompletionOutput
+from valora_jax.engine.policies import make_policy
 from valora_jax.engine.sampling_params import SamplingParams
 from valora_jax.media.prompts import Prompt
 
@@ -37,18 +39,36 @@ CONFIG = EngineConfig(
     max_replaced_heads=1,
     max_classes=8,
     compile_cache=None,
-    policy="unmerged",  # others choose by times, which differ from run to run
 )
-_ENGINES: list[Engine] = []
+# A compiled function has dozens of memory maps, of which Linux gives a process 65,530.
+MOST_ENGINES = 5
+_ENGINES: dict[tuple, Engine] = {}  # least recently asked for first
 
 
-@functools.cache
 def engine_of(model: str = "llava15-tiny", **changes) -> Engine:
-    """The session's engine for a model and for what differs from `CONFIG`."""
-    config = dataclasses.replace(CONFIG, **changes)
-    engine = Engine(GOLDENS / "checkpoints" / model, config, show_progress=False)
-    _ENGINES.append(engine)
+    """The session's engine for a model and for what differs from `CONFIG`, made again if it was
+    long ago that a test had it.
+
+    Unless a policy is among the changes it decides "unmerged": others go by times, which differ
+    from run to run.
+    """
+    key = (model, *sorted(changes.items()))
+    if (engine := _ENGINES.pop(key, None)) is None:
+        forget_engines(all_but=MOST_ENGINES - 1)
+        config = dataclasses.replace(CONFIG, **changes)
+        engine = Engine(GOLDENS / "checkpoints" / model, config, show_progress=False)
+        if "policy" not in changes:
+            unmerged = make_policy("unmerged", max_wait_s=config.max_wait_s)
+            engine.parts.core.modes.orchestrator.set_policy(unmerged)
+    _ENGINES[key] = engine
     return engine
+
+
+def forget_engines(*, all_but: int = 0) -> None:
+    """Drops the engines that were asked for longest ago, and what was compiled for them."""
+    for key in list(_ENGINES)[: max(len(_ENGINES) - all_but, 0)]:
+        _ENGINES.pop(key).close()
+    gc.collect()
 
 
 def load(engine: Engine, *names: str) -> None:
@@ -74,7 +94,7 @@ def with_images(text: str, *numbers: int) -> dict:
 
 def assert_nothing_is_held() -> None:
     """No engine of the session has a request, page, row, adapter or image of one left."""
-    for engine in _ENGINES:
+    for engine in _ENGINES.values():
         core = engine.parts.core
         while core.has_work:  # steps in flight, of requests that have ended
             assert not core.scheduler.has_work

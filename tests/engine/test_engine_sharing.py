@@ -13,6 +13,8 @@ from tests.engine.engines import (
     load,
     with_images,
 )
+from tests.fixed_policy import decided
+from valora_jax.engine.rounds import Decision
 from valora_jax.engine.sampling_params import SamplingParams
 from valora_jax.errors import AdapterNotFoundError, OutOfCapacityError
 
@@ -256,3 +258,17 @@ def test_a_pinned_adapter_stays_while_others_take_turns():
     for name in names[1:]:
         answer(engine, "x", adapter=name, max_tokens=1)
     assert pinned[0].ref not in engine.metrics().resident
+
+
+def test_a_folder_that_changed_fails_once_where_nobody_else_was_to_be_served(forgetful, tmp_path):
+    want = answer(forgetful, QUESTION, adapter=LORA, max_tokens=12)
+    shutil.copytree(ADAPTERS / LORA, tmp_path / "folder")
+    ref = forgetful.load_adapter("changed", tmp_path / "folder").ref
+    shutil.rmtree(tmp_path / "folder")
+    with decided(forgetful, Decision(only=frozenset([ref]))):
+        running = forgetful.stream(QUESTION, GREEDY, adapter=LORA)
+        next(running)
+        with pytest.raises((ValueError, OSError), match="folder"):
+            forgetful.generate(QUESTION, GREEDY, adapter="changed")
+        assert [*running][-1].outputs[0] == want
+    forgetful.unload_adapter("changed")

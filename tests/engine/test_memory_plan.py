@@ -105,3 +105,19 @@ def test_a_merged_copy_may_take_half_of_what_the_cache_could_have(copy_bytes, ke
     assert plan.copy_bytes == (copy_bytes if kept else 0)
     lost_bytes = (without.kv_pages - plan.kv_pages) * plan.page_bytes
     assert abs(lost_bytes - plan.copy_bytes) <= plan.page_bytes
+
+
+def test_pages_that_are_configured_go_before_a_merged_copy():
+    fixed_bytes = 10_000 + FEATURES_BYTES + SAMPLER_BYTES
+    config = dataclasses.replace(CONFIG, kv_pages=9)
+    for spare_bytes, copy_bytes in ((PAGE_BYTES, 0), (6 * PAGE_BYTES, 5 * PAGE_BYTES)):
+        plan = MemoryPlan.make(
+            config,
+            SPEC,
+            dtype=np.dtype(np.float32),
+            weights_bytes=5000,
+            copy_bytes=5 * PAGE_BYTES,
+            adapters_bytes=10_000,
+            free_bytes=2 * (fixed_bytes + 9 * PAGE_BYTES + spare_bytes),
+        )
+        assert (plan.kv_pages, plan.copy_bytes) == (9, copy_bytes)

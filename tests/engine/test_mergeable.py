@@ -99,3 +99,19 @@ def test_a_version_that_is_gone_is_forgotten():
     settled(of)
     of.forget(REF)
     assert of._known == {}
+
+
+def test_an_update_that_overflows_is_refused():
+    huge = {
+        site: dataclasses.replace(pool, scale_LS=jnp.full_like(pool.scale_LS, 1e30))
+        for site, pool in pools().items()
+    }
+    of = Traits(Placed(), pools=lambda: huge, rounding_energy={site: [0.0, 0.0] for site in huge})
+    assert not settled(of).mergeable
+    assert of.is_weak(REF)
+
+
+def test_what_is_not_measured_yet_is_not_weak():
+    of = traits(Placed(slot=None), error=1e6)
+    assert not of(REF).mergeable
+    assert not of.is_weak(REF)

@@ -77,7 +77,17 @@ def test_traces_are_read_from_json(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"slow": [1]}', '{"slow": [{"t": 0}]}', '{"a": [{"t": "x", "adapter": 1}]}']
+    "text",
+    [
+        "",
+        "[]",
+        '{"slow": [1]}',
+        '{"slow": [{"t": 0}]}',
+        '{"a": [{"t": "x", "adapter": 1}]}',
+        '{"a": [{"t": 0, "adapter": 1, "text": 5, "out": 0}]}',
+        '{"a": [{"t": 0, "adapter": 1, "text": -5, "out": 1}]}',
+        '{"a": [{"t": NaN, "adapter": 1, "text": 5, "out": 1}]}',
+    ],
 )
 def test_a_file_of_something_else_is_one_message(tmp_path, text):
     path = tmp_path / "traces.json"

@@ -68,7 +68,7 @@ class EngineAdapters:
         self._residency = Residency(self._device.pages_of_site, slots=config.max_adapters)
         self._staging = Staging(self._stage, limit=_STAGED_VERSIONS)
         self._slot_of: dict[Request, int] = {}
-        self._failures: list[tuple[Request, Exception]] = []
+        self._failures: dict[Request, Exception] = {}
         self._needs: dict[AdapterRef, Mapping[str, int]] = {}
         self._classes: dict[AdapterRef, int] = {}
         self.on_forget: Callable[[AdapterRef], None] = lambda ref: None
@@ -229,7 +229,7 @@ class EngineAdapters:
             if (error := self._staging.error(ref)) is None:
                 self._staging.ask(ref)
             else:
-                self._failures.append((request, error))
+                self._failures[request] = error
             return False
         self._slot_of[request] = self._residency.acquire(ref)
         return True
@@ -237,11 +237,11 @@ class EngineAdapters:
     def take_failures(self) -> list[tuple[Request, Exception]]:
         """Requests whose turn came with an adapter that could not be read again, since the last
         call. Reading is tried anew for others that come."""
-        failures, self._failures = self._failures, []
-        for request, _ in failures:
+        failures, self._failures = self._failures, {}
+        for request in failures:
             if request.adapter is not None:
                 self._staging.drop(request.adapter)
-        return failures
+        return [*failures.items()]
 
     def release(self, request: Request) -> None:
         del self._slot_of[request]

@@ -48,8 +48,8 @@ class MemoryPlan:
     ) -> "MemoryPlan":
         """Sizes the cache: what all requests at their longest can use, if the memory allows.
 
-        The merged copy is left out if it would take more than half of what the cache could have and
-        can use.
+        The merged copy is left out if it would take pages that are configured, or more than half of
+        what the cache could have and can use.
 
         Args:
           dtype: of the cache and the image features.
@@ -72,7 +72,10 @@ class MemoryPlan:
         left_bytes = int(fraction * free_bytes)
         left_bytes -= adapters_bytes + features_bytes + sampler_bytes
         wanted = config.kv_pages or 1 + config.max_requests * request_pages
-        if left_bytes - copy_bytes < min(left_bytes / 2, wanted * page_bytes):
+        needed_bytes = wanted * page_bytes
+        if config.kv_pages is None:
+            needed_bytes = min(needed_bytes, left_bytes / 2)
+        if left_bytes - copy_bytes < needed_bytes:
             copy_bytes = 0
         left_bytes -= copy_bytes
         kv_pages = config.kv_pages or min(wanted, left_bytes // page_bytes)

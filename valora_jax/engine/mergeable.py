@@ -70,6 +70,10 @@ class Traits:
         """Compiles the measurement."""
         update_energy(self._decoder_pools(), np.int32(0))
 
+    def is_weak(self, ref: AdapterRef) -> bool:
+        """Whether a version was measured and refused."""
+        return (known := self._known.get(ref)) is not None and not known.mergeable
+
     def forget(self, ref: AdapterRef) -> None:
         """Drops what is known of a version that is gone."""
         self._known.pop(ref, None)
@@ -103,6 +107,8 @@ class Traits:
             changed_L = energy_L != 0  # NaN is a change, too
             update += float(energy_L[changed_L].sum())
             error += float(np.array(self._rounding[site])[changed_L].sum())
+        if not math.isfinite(update):
+            return math.inf
         # Without a part in the decoder there is nothing to lose.
         return math.sqrt(error / update) if update else 0.0
 

@@ -107,11 +107,19 @@ class Modes:
         running = [request for request in scheduler.running if not request.outputs_planned]
         decision = self.orchestrator.decide(self._clock(), running, scheduler.waiting)
         plan = scheduler.plan(decision.serves)
-        if decision.only is not None and (plan is None or not plan.tokens):
+        if decision.only is not None and plan is None:
             # Whom it wants to serve lack something that the others may hold.
             decision = dataclasses.replace(EVERYBODY_UNMERGED, merge=decision.merge)
             plan = scheduler.plan()
+        if decision.folded is not None and plan is not None and self._rides_weak(plan):
+            # The scheduler may admit others than the orchestrator foresaw.
+            decision = dataclasses.replace(decision, folded=None)
         return plan, decision
+
+    def _rides_weak(self, plan: Plan) -> bool:
+        """Whether some row's adapter would drown in the rounding of merged weights."""
+        refs = {chunk.request.adapter for chunk in (*plan.decodes, *plan.prefills)}
+        return any(ref is not None and self.traits.is_weak(ref) for ref in refs)
 
     def fold(self, decision: Decision) -> Folded | None:
         """What is in the weights that the step runs on; None for the base weights."""
@@ -204,9 +212,8 @@ class Modes:
         for nth in range(merge.layers, stop):
             self.copy.fill(nth, self._pools(), slot=slot)
         merge.layers = stop
-        if self._after is not merge:
-            self._after = merge
-            merge.unread += 1
+        self._after = merge
+        merge.unread += 1
         self.orchestrator.copied(ref, stop / layers)
 
     def _time_merge(self, step: _Enqueued, *, ms: float | None) -> None:

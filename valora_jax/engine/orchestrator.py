@@ -6,7 +6,7 @@ leaving it costs nothing. `rounds` has the terms, `policies` the choices.
 The engine calls, for each step:
 
     decision = orchestrator.decide(now_s, scheduler.running, scheduler.waiting)
-    plan = scheduler.plan(decision)        # skips requests that `decision.serves` refuses
+    plan = scheduler.plan(decision.serves)
     load = orchestrator.load_of(chunks, decision.folded)    # of (adapter, tokens), from the plan
     ...                                    # two branches a row if `decision.folded` is not None
     if decision.merge is not None:

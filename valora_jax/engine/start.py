@@ -192,7 +192,8 @@ def _plan_memory(
         adapters_bytes = EngineAdapters.device_bytes(
             config, spec.adapter_target, dtype=precision.weights
         )
-    wants_copy = config.max_adapters and config.merge == "copy"
+    merges = config.merge == "copy" and config.policy != "unmerged"
+    wants_copy = config.max_adapters > 0 and merges
     memory = MemoryPlan.make(
         config,
         spec,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels.lora_matmul import PAGE_RANKS, LoraPool
 
 _SAMPLED_ROWS = 64
+_LAYERS_AT_ONCE = 8
 
 
 @jax.jit
@@ -42,12 +43,13 @@ def _layers_energy(pool: LoraPool, slot: jax.Array) -> jax.Array:
     def of_layer(layer):
         def gram(x_RD):
             own_RD = jnp.where(used_R[:, None], x_RD[layer * layer_rows + row_R], 0)
-            own_RD = own_RD.astype(jnp.float32)
-            return jnp.einsum("rd,sd->rs", own_RD, own_RD, precision=jax.lax.Precision.HIGHEST)
+            exact = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+            return jnp.einsum("rd,sd->rs", own_RD, own_RD, **exact)
 
         return pool.scale_LS[layer, slot] ** 2 * (gram(pool.a_RD) * gram(pool.b_RE)).sum()
 
-    return jax.lax.map(of_layer, jnp.arange(layers))  # one by one, for little memory
+    # Some at a time: few enough for their memory, enough to fill the device, which waits for this.
+    return jax.lax.map(of_layer, jnp.arange(layers), batch_size=min(layers, _LAYERS_AT_ONCE))
 
 
 @functools.partial(jax.jit, static_argnames="columns")

@@ -5,6 +5,7 @@ A trace is a list of arrivals in order of time; adapters in it are numbers from 
 
 import dataclasses
 import json
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -140,9 +141,11 @@ def read_traces(path: Path, *, image_tokens: int = IMAGE_TOKENS) -> dict[str, li
 
 
 def _arrival(row: Mapping[str, Any], image_tokens: int) -> Arrival:
-    adapter = row["adapter"]
+    adapter, at_s = row["adapter"], float(row["t"])
+    if not 0 <= at_s < math.inf or int(row["text"]) < 1 or int(row["out"]) < 1:
+        raise ValueError(f"{dict(row)} has no time of arrival, or no tokens in or out")
     return Arrival(
-        at_s=float(row["t"]),
+        at_s=at_s,
         adapter=None if adapter is None else int(adapter),
         prompt_tokens=int(row["text"]) + image_tokens,
         output_tokens=int(row["out"]),

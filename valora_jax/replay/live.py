@@ -56,6 +56,7 @@ def engine_config(settings: ReplaySettings, *, adapters: int) -> EngineConfig:
     largest = sorted((-(-rank // PAGE_RANKS) for rank in ranks), reverse=True)[:resident]
     return dataclasses.replace(
         settings.engine,
+        policy="valora",  # one that takes a merged copy, for the others, too
         max_adapters=resident,
         lora_pages=sum(largest),
         host_adapter_bytes=_HOST_ADAPTER_BYTES,

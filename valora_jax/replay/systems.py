@@ -77,4 +77,7 @@ class SimulatedSystem:
         assert isinstance(adapter, int)  # traces number them
         ranks = self._settings.ranks
         pages = -(-ranks[adapter % len(ranks)] // _RANKS_A_PAGE)
-        return AdapterTraits(pages=pages * _SHARE_OF_PAGES[self._settings.targets])
+        return AdapterTraits(
+            pages=pages * _SHARE_OF_PAGES[self._settings.targets],
+            mergeable=self._settings.engine.merge == "copy",
+        )

@@ -43,8 +43,13 @@ def _layers_energy(pool: LoraPool, slot: jax.Array) -> jax.Array:
     def of_layer(layer):
         def gram(x_RD):
             own_RD = jnp.where(used_R[:, None], x_RD[layer * layer_rows + row_R], 0)
-            exact = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-            return jnp.einsum("rd,sd->rs", own_RD, own_RD, **exact)
+            return jnp.einsum(
+                "rd,sd->rs",
+                own_RD,
+                own_RD,
+                precision=jax.lax.Precision.HIGHEST,
+                preferred_element_type=jnp.float32,
+            )
 
         return pool.scale_LS[layer, slot] ** 2 * (gram(pool.a_RD) * gram(pool.b_RE)).sum()
 

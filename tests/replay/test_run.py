@@ -6,6 +6,7 @@ import matplotlib.image
 import pytest
 
 from valora_jax.replay import plots, records
+from valora_jax.replay.report import Slo
 from valora_jax.replay.run import run
 from valora_jax.replay.settings import ReplaySettings
 
@@ -91,11 +92,21 @@ def test_plots_are_drawn_from_records(tmp_path):
     assert len(again) == 3
 
 
+def test_settings_that_change_the_figures_are_in_the_names(tmp_path):
+    path = tmp_path / "records.jsonl"
+    few = dict(output=path, policies=("unmerged",), bound=False, at_once=False, rates=(4.0,))
+    for flags in (dict(), dict(seed=1), dict(resident=2), dict(cv=2.0)):
+        replayed(**few | flags)
+    found = records.read(path)
+    assert len(found) == 4
+    assert len({record["series"] for record in found}) == 4
+
+
 def test_records_of_one_name_count_once(tmp_path):
     path = tmp_path / "records.jsonl"
-    for seed in (0, 1):
-        replayed(output=path, policies=(), seed=seed, at_once=False)
-    assert [record["seed"] for record in records.read(path)] == [1, 1]
+    for ttft_ms in (100.0, 200.0):
+        replayed(output=path, policies=(), slo=Slo(ttft_ms=ttft_ms), at_once=False)
+    assert [record["slo"]["ttft_ms"] for record in records.read(path)] == [200.0, 200.0]
 
 
 def test_a_file_of_something_else_is_named(tmp_path):

@@ -48,7 +48,7 @@ class Point:
         """How requests come, in a word."""
         if self.rate is None:
             return "at once"
-        return f"rate {self.rate:.3g}" if self.load is None else f"load {self.load:g}"
+        return f"rate {self.rate:.4g}" if self.load is None else f"load {self.load:g}"
 
 
 def kind_trace(settings: ReplaySettings, *, image_tokens: int, requests: int) -> list[Arrival]:

@@ -63,6 +63,8 @@ def record_of(
         "resident": settings.resident,
         "cv": settings.cv,
         "seed": settings.seed,
+        "seconds_asked": settings.seconds,
+        "merge": settings.engine.merge,
         "max_requests": settings.engine.max_requests,
         "max_wait_s": settings.engine.max_wait_s,
         "slo": dataclasses.asdict(settings.slo),
@@ -89,6 +91,7 @@ def _trace_name(point: Point, settings: ReplaySettings) -> str:
         settings.targets,
         point.spread,
         point.pace,
+        *_differences(settings),
     )
     return "/".join(parts).replace(" ", "-")
 
@@ -97,8 +100,23 @@ def _series(point: Point, settings: ReplaySettings) -> str:
     """What a trace shares with those that differ in their rate alone."""
     ranks = ", ".join(map(str, settings.ranks))
     where = "" if settings.targets == "all" else " on q, k, v, o"
-    of = f"{point.kind}, {point.adapters} adapters of rank {ranks}{where}"
+    of = ", ".join(
+        [f"{point.kind}, {point.adapters} adapters of rank {ranks}{where}", *_differences(settings)]
+    )
     return of if point.from_file else f"{of}, {point.spread}"
+
+
+def _differences(settings: ReplaySettings) -> list[str]:
+    """Other settings that change the figures, where they are not the defaults."""
+    usual = ReplaySettings()
+    pairs = [(name, settings, usual) for name in ("resident", "cv", "seed")]
+    of_engine = ("max_requests", "max_wait_s", "merge")
+    pairs += [(name, settings.engine, usual.engine) for name in of_engine]
+    return [
+        f"{name.replace('_', ' ')} {getattr(own, name)}"
+        for name, own, default in pairs
+        if getattr(own, name) != getattr(default, name)
+    ]
 
 
 def _model(settings: ReplaySettings) -> str:

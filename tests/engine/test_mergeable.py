@@ -9,6 +9,7 @@ import pytest
 from tests.lora.test_merged_copy import pools
 from valora_jax.engine.mergeable import Traits
 from valora_jax.lora.host_store import AdapterRef
+from valora_jax.lora.strength import BaseEnergy
 
 REF = AdapterRef(name="style", version=3)
 
@@ -24,9 +25,13 @@ class Placed:
         return self.slot
 
 
-def traits(adapters, *, error: float | None) -> Traits:
-    rounding = None if error is None else {site: [error, error] for site in pools()}
-    return Traits(adapters, pools=pools, rounding_energy=rounding)
+def energies(*, weights: float = 1e9, error: float = 0.0) -> dict[str, list[BaseEnergy[float]]]:
+    return {site: [BaseEnergy(weights, error)] * 2 for site in pools()}
+
+
+def traits(adapters, *, error: float | None, weights: float = 1e9) -> Traits:
+    base = None if error is None else energies(weights=weights, error=error)
+    return Traits(adapters, pools=pools, base=base)
 
 
 def settled(of: Traits):
@@ -80,9 +85,7 @@ def test_an_adapter_that_is_not_a_number_is_refused():
         site: dataclasses.replace(pool, a_RD=jnp.full_like(pool.a_RD, jnp.nan))
         for site, pool in pools().items()
     }
-    of = Traits(
-        Placed(), pools=lambda: broken, rounding_energy={site: [0.0, 0.0] for site in broken}
-    )
+    of = Traits(Placed(), pools=lambda: broken, base=energies())
     assert not settled(of).mergeable
     assert of.refused == 1
 
@@ -106,7 +109,7 @@ def test_an_update_that_overflows_is_refused():
         site: dataclasses.replace(pool, scale_LS=jnp.full_like(pool.scale_LS, 1e30))
         for site, pool in pools().items()
     }
-    of = Traits(Placed(), pools=lambda: huge, rounding_energy={site: [0.0, 0.0] for site in huge})
+    of = Traits(Placed(), pools=lambda: huge, base=energies())
     assert not settled(of).mergeable
     assert of.is_weak(REF)
 
@@ -115,3 +118,11 @@ def test_what_is_not_measured_yet_is_not_weak():
     of = traits(Placed(slot=None), error=1e6)
     assert not of(REF).mergeable
     assert not of.is_weak(REF)
+
+
+def test_an_update_larger_than_the_weights_is_refused(caplog):
+    of = traits(Placed(), error=0.0, weights=1.0)
+    with caplog.at_level(logging.WARNING):
+        assert not settled(of).mergeable
+    [record] = caplog.records
+    assert "times as large as the weights" in record.getMessage()

@@ -12,7 +12,7 @@ from pallas_kernels.lora_matmul import LoraPool
 from valora_jax.engine.rounds import Adapter, AdapterTraits
 from valora_jax.engine.weights import DECODER
 from valora_jax.lora.host_store import AdapterRef
-from valora_jax.lora.strength import update_energy
+from valora_jax.lora.strength import BaseEnergy, update_energy
 
 _log = logging.getLogger(__name__)
 
@@ -20,6 +20,9 @@ _log = logging.getLogger(__name__)
 # error is spread over all directions of a matrix and the update over a few, so that far less than
 # this share of an output's change is noise; above it the error is most of what a merge changes.
 _MOST_LOSS = 0.5
+# Update over weights, both as norms, above which an adapter is too strong: others' rows on its copy
+# have the rounding errors of the merged weights, and only the weights are theirs.
+_MOST_UPDATE = 1.0
 
 
 class PlacedAdapters(Protocol):
@@ -35,7 +38,7 @@ class Traits:
     Until then it counts as one that cannot be merged. Nothing here waits for the device.
 
     Attributes:
-      refused: versions that were too weak.
+      refused: versions that were too weak or too strong.
     """
 
     def __init__(
@@ -43,15 +46,15 @@ class Traits:
         adapters: PlacedAdapters,
         *,
         pools: Callable[[], Mapping[str, LoraPool]],
-        rounding_energy: Mapping[str, list[float]] | None,
+        base: Mapping[str, list[BaseEnergy[float]]] | None,
     ):
         """Args:
         adapters: where versions are.
         pools: the device's rank pages, as they are now.
-        rounding_energy: site -> of each layer, see `lora.strength`; None merges nothing.
+        base: site -> energies of each layer, see `lora.strength`; None merges nothing.
         """
         self.refused = 0
-        self._adapters, self._pools, self._rounding = adapters, pools, rounding_energy
+        self._adapters, self._pools, self._base = adapters, pools, base
         self._known: dict[AdapterRef, AdapterTraits] = {}
         self._pending: dict[AdapterRef, dict[str, jax.Array]] = {}
 
@@ -60,7 +63,7 @@ class Traits:
         assert isinstance(ref, AdapterRef)  # the engine's requests bring no others
         if (known := self._known.get(ref)) is not None:
             return known
-        mergeable = self._measure(ref) if self._rounding is not None else False
+        mergeable = self._measure(ref) if self._base is not None else False
         traits = AdapterTraits(pages=self._mean_pages(ref), mergeable=bool(mergeable))
         if mergeable is not None:
             self._known[ref] = traits
@@ -88,29 +91,37 @@ class Traits:
         # Types of jax lack `is_ready`, its documentation has it.
         if not all(x.is_ready() for x in energy.values()):  # pyright: ignore[reportAttributeAccessIssue]
             return None
-        loss = self._loss(jax.device_get(self._pending.pop(ref)))
-        if loss <= _MOST_LOSS:
+        refusal = self._refusal(jax.device_get(self._pending.pop(ref)))
+        if refusal is None:
             return True
         self.refused += 1
-        _log.warning(
-            "adapter %r version %d is served unmerged: rounding merged weights would lose %.0f %% "
-            "of its update, at most %.0f %% are accepted",
-            *(ref.name, ref.version, 100 * loss, 100 * _MOST_LOSS),
-        )
+        _log.warning("adapter %r version %d is served unmerged: %s", ref.name, ref.version, refusal)
         return False
 
-    def _loss(self, energy: Mapping[str, np.ndarray]) -> float:
-        """Norm of the rounding error over that of the update, in the linears that are updated."""
-        assert self._rounding is not None
-        update = error = 0.0
+    def _refusal(self, energy: Mapping[str, np.ndarray]) -> str | None:
+        """Why an adapter of these updates is not merged; None if it can be."""
+        assert self._base is not None
+        update = weights = rounding = 0.0
         for site, energy_L in energy.items():
             changed_L = energy_L != 0  # NaN is a change, too
             update += float(energy_L[changed_L].sum())
-            error += float(np.array(self._rounding[site])[changed_L].sum())
+            of_site_LE = np.array(self._base[site])[changed_L]
+            weights, rounding = weights + of_site_LE[:, 0].sum(), rounding + of_site_LE[:, 1].sum()
+        if update == 0:  # without a part in the decoder there is nothing to lose
+            return None
         if not math.isfinite(update):
-            return math.inf
-        # Without a part in the decoder there is nothing to lose.
-        return math.sqrt(error / update) if update else 0.0
+            return "its update is not finite"
+        if (loss := math.sqrt(rounding / update)) > _MOST_LOSS:
+            return (
+                f"rounding merged weights would lose {loss:.0%} of its update, "
+                f"at most {_MOST_LOSS:.0%} are accepted"
+            )
+        if update > _MOST_UPDATE**2 * weights:
+            return (
+                f"its update is {math.sqrt(update / weights):.1f} times as large as the weights, "
+                f"at most {_MOST_UPDATE:.1f} are accepted: others on its copy bear its rounding"
+            )
+        return None
 
     def _mean_pages(self, ref: AdapterRef) -> float:
         """Pages of a linear of the decoder, weighed by what a page of it holds."""

@@ -170,7 +170,7 @@ def _modes(
     traits = Traits(
         adapters,
         pools=pools,
-        rounding_energy=weights.rounding_energy() if weights.copy else None,
+        base=weights.energy() if weights.copy else None,
     )
     policy = make_policy(config.policy, max_wait_s=config.max_wait_s)
     return Modes(

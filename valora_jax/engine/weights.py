@@ -12,7 +12,7 @@ from valora_jax.engine.precision import Precision, in_dtype
 from valora_jax.engine.step import ModelShape
 from valora_jax.layers.linear import Linear
 from valora_jax.lora.merged_copy import Leaves, MergedCopy, MergedLinear, copy_bytes
-from valora_jax.lora.strength import rounding_energy
+from valora_jax.lora.strength import BaseEnergy, base_energy
 from valora_jax.models.build import parameter_paths, with_weights
 from valora_jax.models.spec import Model, ModelSpec
 
@@ -49,19 +49,22 @@ class StepWeights:
         assert self.copy is not None  # nothing is folded into a copy that there is not
         return self.copy.leaves(dtype)
 
-    def rounding_energy(self) -> dict[str, list[float]]:
-        """Site -> what rounding the merged weights of each layer costs; see `lora.strength`.
+    def energy(self) -> dict[str, list[BaseEnergy[float]]]:
+        """Site -> energies of each layer's linear; see `lora.strength`.
 
         Waits for the device. Of the dtype that loses most.
         """
         dtype = max(self._base, key=lambda dtype: jax.numpy.finfo(dtype).eps)
-        energy: dict[str, dict[int, jax.Array]] = {}
+        energy: dict[str, dict[int, BaseEnergy[jax.Array]]] = {}
         for linear in self._linears:
-            parts = rounding_energy(self._base[dtype][linear.leaf], columns=linear.columns)
+            parts = base_energy(self._base[dtype][linear.leaf], columns=linear.columns)
             for site, part in zip(linear.sites, parts, strict=True):
                 energy.setdefault(site, {})[linear.layer] = part
         by_site = jax.device_get(energy)
-        return {site: [float(of[i]) for i in sorted(of)] for site, of in by_site.items()}
+        return {
+            site: [BaseEnergy(*map(float, of[i])) for i in sorted(of)]
+            for site, of in by_site.items()
+        }
 
 
 def _split(

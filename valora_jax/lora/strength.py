@@ -1,7 +1,7 @@
-"""How much of an adapter survives the rounding of merged weights.
+"""How large an adapter's update is beside the weights, and beside the rounding of merged weights.
 
 A merged weight is rounded once. In 16 bits that rounding may be larger than a weak adapter's whole
-update; both are measured as squared Frobenius norms, so that they add up over linears.
+update. All are squared Frobenius norms, so that they add up over linears.
 
     || s A^T B ||^2 = s^2 sum((A A^T) * (B B^T))         the update of a linear
     sum(ulp(W)^2 / 12)                                   the rounding error to be expected
@@ -9,6 +9,7 @@ update; both are measured as squared Frobenius norms, so that they add up over l
 
 import functools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,16 +58,23 @@ def _layers_energy(pool: LoraPool, slot: jax.Array) -> jax.Array:
     return jax.lax.map(of_layer, jnp.arange(layers), batch_size=min(layers, _LAYERS_AT_ONCE))
 
 
+class BaseEnergy[Number](NamedTuple):
+    """Squared norms of a linear's weights, and of the rounding error that merging has to expect."""
+
+    weights: Number
+    rounding: Number
+
+
 @functools.partial(jax.jit, static_argnames="columns")
-def rounding_energy(kernel_DE: jax.Array, *, columns: tuple[int, ...]) -> list[jax.Array]:
-    """Expected squared rounding error of a linear's parts, in its dtype, from a sample of rows.
+def base_energy(kernel_DE: jax.Array, *, columns: tuple[int, ...]) -> list[BaseEnergy[jax.Array]]:
+    """Measures a linear's parts, in its dtype, from a sample of rows.
 
     Args:
       kernel_DE: `[D, E]`.
       columns: where each part begins in E.
 
     Returns:
-      One float32 scalar a part.
+      One pair of float32 scalars a part.
     """
     sample_NE = kernel_DE[:: max(1, kernel_DE.shape[0] // _SAMPLED_ROWS)].astype(jnp.float32)
     _, exponent_NE = jnp.frexp(sample_NE)
@@ -74,4 +82,8 @@ def rounding_energy(kernel_DE: jax.Array, *, columns: tuple[int, ...]) -> list[j
     ulp_NE = jnp.ldexp(jnp.float32(jnp.finfo(kernel_DE.dtype).eps), exponent_NE - 1)
     error_NE = jnp.where(sample_NE == 0, 0, ulp_NE**2 / 12)
     scale = kernel_DE.shape[0] / sample_NE.shape[0]
-    return [part_NE.sum() * scale for part_NE in jnp.split(error_NE, columns[1:], axis=1)]
+
+    def of_parts(x_NE):
+        return [part_NE.sum() * scale for part_NE in jnp.split(x_NE, columns[1:], axis=1)]
+
+    return [*map(BaseEnergy, of_parts(sample_NE**2), of_parts(error_NE))]

@@ -33,6 +33,11 @@ class LoraPool:
     page_SW: jax.Array
     pages_S: jax.Array
 
+    @property
+    def layer_pages(self) -> int:
+        """Pages of one layer."""
+        return self.a_RD.shape[0] // (self.scale_LS.shape[0] * PAGE_RANKS)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -147,8 +147,3 @@ def ranks_of(of: TileRow, k, *, block_ranks: int):
 def pool_rows(page_r, rank_r, *, layer, pages: int) -> jax.Array:
     """Where ranks lie in a pool of so many pages a layer."""
     return (layer[...] * pages + page_r) * PAGE_RANKS + rank_r % PAGE_RANKS
-
-
-def layer_pages(pool: LoraPool) -> int:
-    """Pages of one layer."""
-    return pool.a_RD.shape[0] // (pool.scale_LS.shape[0] * PAGE_RANKS)

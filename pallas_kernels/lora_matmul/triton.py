@@ -25,7 +25,6 @@ from pallas_kernels.lora_matmul.layout import PAGE_RANKS, LoraPool, RowTiles
 from pallas_kernels.lora_matmul.rank_tables import (
     TileRow,
     for_each_tile,
-    layer_pages,
     page_ids,
     pool_rows,
     rank_tables,
@@ -98,7 +97,7 @@ def _expand(y_TE, h_UC, pools, tables, layer, *, columns, dtype, tile: LoraTile)
     body = functools.partial(
         _expand_body,
         columns=columns,
-        pages=tuple(layer_pages(pool) for pool in pools),
+        pages=tuple(pool.layer_pages for pool in pools),
         dtype=dtype,
         block_rows=tile.block_rows,
         cut=cut,

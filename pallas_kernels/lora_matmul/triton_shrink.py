@@ -21,7 +21,6 @@ from pallas_kernels.lora_matmul.layout import PAGE_RANKS, LoraPool
 from pallas_kernels.lora_matmul.rank_tables import (
     TileRow,
     for_each_tile,
-    layer_pages,
     page_ids,
     pool_rows,
     ranks_of,
@@ -66,7 +65,7 @@ class Shrink:
         steps = pl.cdiv(pools[0].a_RD.shape[1], cut.block_k)
         split_steps = pl.cdiv(steps, cut.splits)
         return cls(
-            pages=tuple(layer_pages(pool) for pool in pools),
+            pages=tuple(pool.layer_pages for pool in pools),
             list_ranks=list_ranks,
             block_rows=block_rows,
             row_programs=row_programs,

@@ -98,9 +98,8 @@ class _Branches:
         return y_TE
 
     def _load(self, pool: LoraPool, rows_RD, page_k, dtype):
-        layer_pages = pool.a_RD.shape[0] // pool.scale_LS.shape[0] // PAGE_RANKS
         pages_PrD = rows_RD.reshape(-1, PAGE_RANKS, rows_RD.shape[1])
-        pages_krD = pages_PrD.at[self._layer * layer_pages + page_k].get(**_IN_BOUNDS)
+        pages_krD = pages_PrD.at[self._layer * pool.layer_pages + page_k].get(**_IN_BOUNDS)
         return pages_krD.reshape(-1, rows_RD.shape[1]).astype(dtype)
 
 

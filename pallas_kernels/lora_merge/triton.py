@@ -45,8 +45,7 @@ def _spans(columns, widths, E: int, tile: MergeTile) -> Iterator[_Span]:
         done = column + width
 
 
-def _body(layer_slot, _, base_DE, *refs, spans, tile: MergeTile):
-    *pool_refs, out_DE = refs
+def _body(layer_slot, _, base_DE, pools, out_DE, *, spans, tile: MergeTile):
     row_block, column_program = pl.program_id(0), pl.program_id(1)
     row_d = row_block * tile.block_d + jnp.arange(tile.block_d)
 
@@ -62,8 +61,7 @@ def _body(layer_slot, _, base_DE, *refs, spans, tile: MergeTile):
         if span.part is None:
             _copy(*refs_of_span, tile=tile)
         else:
-            pool = pool_refs[5 * span.part : 5 * span.part + 5]
-            _merge(layer_slot, pool, *refs_of_span, tile=tile)
+            _merge(layer_slot, pools[span.part], *refs_of_span, tile=tile)
 
     for span in spans:
         last = span.first + span.programs(tile)
@@ -88,10 +86,9 @@ def _copy(base_DE, out_DE, row_d, columns_of, first: int, *, tile: MergeTile) ->
 def _merge(
     layer_slot, pool, base_DE, out_DE, row_d, columns_of, first: int, *, tile: MergeTile
 ) -> None:
-    a_RD, b_RE, scale_LS, page_SW, pages_S = pool
     layer, slot = layer_slot[0], layer_slot[1]
-    pages, scale = pages_S[slot], scale_LS[layer, slot]
-    layer_page = layer * (a_RD.shape[0] // PAGE_RANKS // scale_LS.shape[0])
+    pages, scale = pool.pages_S[slot], pool.scale_LS[layer, slot]
+    layer_page = layer * pool.layer_pages
     is_row_d, rank_r = row_d < base_DE.shape[0], jnp.arange(tile.pages * PAGE_RANKS)
     identity_ee = identity(tile.block_e, base_DE.dtype)
     steps = jnp.maximum(pl.cdiv(pages, tile.pages), 1)  # one copies, where there are no pages
@@ -101,15 +98,15 @@ def _merge(
         column_e, is_column_e = columns_of(n)
         nth_r = k * tile.pages + rank_r // PAGE_RANKS
         used_r = nth_r < pages
-        slot_at = page_SW.at[jnp.full_like(nth_r, slot), nth_r]
+        slot_at = pool.page_SW.at[jnp.full_like(nth_r, slot), nth_r]
         page_r = plgpu.load(slot_at, mask=used_r, other=0) + layer_page
         row_r = page_r * PAGE_RANKS + rank_r % PAGE_RANKS
         at = (row_d[:, None], (first + column_e)[None, :])
         ends_de = is_row_d[:, None] & is_column_e[None, :] & (k == steps - 1)
         base_de = plgpu.load(base_DE.at[*at], mask=ends_de, other=0)
         a_at, b_at = (row_r[:, None], row_d[None, :]), (row_r[:, None], column_e[None, :])
-        a_rd = plgpu.load(a_RD.at[*a_at], mask=used_r[:, None] & is_row_d[None, :], other=0)
-        b_re = plgpu.load(b_RE.at[*b_at], mask=used_r[:, None] & is_column_e[None, :], other=0)
+        a_rd = plgpu.load(pool.a_RD.at[*a_at], mask=used_r[:, None] & is_row_d[None, :], other=0)
+        b_re = plgpu.load(pool.b_RE.at[*b_at], mask=used_r[:, None] & is_column_e[None, :], other=0)
         # One accumulator, so that blocks can be large: scaled before the base comes in.
         sum_de = jnp.where(k == 0, 0, sum_de) + dot(a_rd, b_re, contract=(0, 0))
         sum_de = jnp.where(k == steps - 1, scale * sum_de, sum_de)
@@ -127,7 +124,6 @@ def lora_merge(merged_DE, base_DE, pools, layer, slot, *, columns, tile):
     (D, E), tile = base_DE.shape, tile or default_tile(base_DE.dtype)
     spans = tuple(_spans(columns, [pool.b_RE.shape[1] for pool in pools], E, tile))
     column_programs = spans[-1].first + spans[-1].programs(tile)
-    pool_arrays = [x for p in pools for x in (p.a_RD, p.b_RE, p.scale_LS, p.page_SW, p.pages_S)]
     return pl.pallas_call(
         functools.partial(_body, spans=spans, tile=tile),
         out_shape=jax.ShapeDtypeStruct((D, E), base_DE.dtype),
@@ -135,4 +131,4 @@ def lora_merge(merged_DE, base_DE, pools, layer, slot, *, columns, tile):
         input_output_aliases={1: 0},
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         name="lora_merge",
-    )(jnp.stack([layer, slot]), merged_DE, base_DE, *pool_arrays)
+    )(jnp.stack([layer, slot]), merged_DE, base_DE, pools)

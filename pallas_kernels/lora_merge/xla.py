@@ -33,7 +33,7 @@ def lora_merge(merged_DE, base_DE, pools, layer, slot, *, columns):
 def _update(pool: LoraPool, layer, slot):
     """The update of one linear, `[D, E]` float32."""
     pages = pool.pages_S[slot]
-    layer_page = layer * (pool.a_RD.shape[0] // PAGE_RANKS // pool.scale_LS.shape[0])
+    layer_page = layer * pool.layer_pages
 
     def add_block(i, update_DE):
         nth_p = i * BLOCK_PAGES + jnp.arange(BLOCK_PAGES)

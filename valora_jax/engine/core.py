@@ -141,7 +141,7 @@ class EngineCore:
     def _enqueue(self, plan: Plan, decision: Decision) -> None:
         traces = self._runner.traces
         self._encode_images()
-        for chunk in (*plan.decodes, *plan.prefills):
+        for chunk in plan.chunks:
             self._count_tokens(chunk.request)
         folded = self.modes.fold(decision) if self.modes else None
         self._in_flight.append(self._runner.execute(plan, folded))
@@ -149,7 +149,7 @@ class EngineCore:
             compiled = self._runner.traces > traces
             self.modes.enqueued(plan, decision, folded=folded, compiled=compiled)
         now_s = self._clock()
-        for chunk in (*plan.decodes, *plan.prefills):
+        for chunk in plan.chunks:
             chunk.request.waiting_since_s = now_s
             images = chunk.request.images
             if images and chunk.request.computed >= images[-1].end:
@@ -180,7 +180,7 @@ class EngineCore:
         on_time = not step.sampled.is_ready()
         sampled = step.sampled.to_numpy()
         now_s = self._clock()
-        for chunk in (*step.plan.decodes, *step.plan.prefills):
+        for chunk in step.plan.chunks:
             chunk.request.waiting_since_s = now_s
         if self.modes:
             self.modes.ended(on_time=on_time)
@@ -204,7 +204,7 @@ class EngineCore:
             return
         logits_TV, following = step.read_scores()
         row = 0
-        for chunk in (*step.plan.decodes, *step.plan.prefills):
+        for chunk in step.plan.chunks:
             job = self._jobs.get(chunk.request)
             if job is not None and job.scores is not None:
                 job.scores.add(

@@ -61,6 +61,7 @@ class StepTimes:
         return sum(w * x for w, x in zip(dataclasses.astuple(self), load.features(), strict=True))
 
 
+_BASE_TERMS = 3  # the first ones; the others are LoRA's
 # On another device any term may be as large as all of a step here.
 _USUAL_FEATURES = (1, 16, 640, 1, 32, 2560)
 # One slow step, of a collected garbage or a busy host, says little about the next.
@@ -130,12 +131,9 @@ class StepCosts:
         return 1 + (ratio - 1) * math.exp((seen - self._steps) / _RATIO_FADES_STEPS)
 
     def _line_ms(self, load: StepLoad) -> float:
-        step, decode, prompt, lora, page, token_page = self._terms
-        base = step + decode * load.decodes + prompt * load.prompt_tokens
-        if not load.pages:
-            return max(base, 1e-3)
+        parts = [w * x for w, x in zip(self._terms, load.features(), strict=True)]
+        base, extra = sum(parts[:_BASE_TERMS]), sum(parts[_BASE_TERMS:])
         # Noise may turn a small term negative; LoRA never makes a step quicker.
-        extra = lora + page * load.pages + token_page * load.token_pages
         return max(base, 1e-3) + max(extra, 0.0)
 
     def _learn_terms(self, x: tuple[float, ...], ms: float) -> None:

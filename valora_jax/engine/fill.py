@@ -49,7 +49,7 @@ def fill(fields: Fields, plan: Plan, sources: Sources) -> list[Request]:
     """Writes the plan's chunks, decodes first; returns the request of each sampled row."""
     sampled: list[Request] = []
     start = 0
-    for chunk in (*plan.decodes, *plan.prefills):
+    for chunk in plan.chunks:
         _fill_tokens(fields, chunk, start, sources)
         if chunk.samples:
             _fill_row(fields, chunk.request, len(sampled), sources)
@@ -76,7 +76,7 @@ def next_tokens(plan: Plan, tokens: int) -> np.ndarray:
     """The prompt token after each of the plan's tokens; 0 where there is none."""
     next_T = np.zeros(tokens, np.int32)
     start = 0
-    for chunk in (*plan.decodes, *plan.prefills):
+    for chunk in plan.chunks:
         following = chunk.request.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.length + 1]
         next_T[start : start + len(following)] = following
         start += chunk.length

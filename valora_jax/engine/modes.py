@@ -118,7 +118,7 @@ class Modes:
 
     def _rides_weak(self, plan: Plan) -> bool:
         """Whether some row's adapter would drown in the rounding of merged weights."""
-        refs = {chunk.request.adapter for chunk in (*plan.decodes, *plan.prefills)}
+        refs = {chunk.request.adapter for chunk in plan.chunks}
         return any(ref is not None and self.traits.is_weak(ref) for ref in refs)
 
     def fold(self, decision: Decision) -> Folded | None:
@@ -137,7 +137,7 @@ class Modes:
         """Takes note of a step that was enqueued, and enqueues what is to be merged after it."""
         now_s = self._clock()
         adapter = decision.folded if folded is not None else None
-        chunks = [(c.request.adapter, c.length) for c in (*plan.decodes, *plan.prefills)]
+        chunks = [(c.request.adapter, c.length) for c in plan.chunks]
         for own, length in chunks:
             if adapter is None:
                 self.tokens[Mode.UNMERGED] += length
@@ -176,14 +176,13 @@ class Modes:
             self.orchestrator.count(step.load, ms)
         self._free_s, self._free_on_time = now_s, on_time
         if self.on_step is not None:
-            chunks = (*step.plan.decodes, *step.plan.prefills)
             self.on_step(
                 StepRan(
                     start_s=start_s,
                     ms=ms,
                     load=step.load,
                     decision=step.decision,
-                    requests=tuple(chunk.request for chunk in chunks),
+                    requests=tuple(chunk.request for chunk in step.plan.chunks),
                 )
             )
 

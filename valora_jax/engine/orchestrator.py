@@ -61,6 +61,7 @@ class Orchestrator:
     """Asks the policy, keeps the state of the copy, and counts.
 
     Attributes:
+      limits: the scheduler's.
       costs: estimates of steps and merges.
       copy: what is folded, or being folded.
       switches: merges begun.
@@ -86,7 +87,7 @@ class Orchestrator:
         """
         self.costs = costs or StepCosts()
         self.copy = Copy()
-        self._limits, self._traits = limits, traits
+        self.limits, self._traits = limits, traits
         self.set_policy(policy)
 
     def set_policy(self, policy: Policy) -> None:
@@ -113,7 +114,7 @@ class Orchestrator:
             waiting,
             copy=self.copy,
             costs=self.costs,
-            limits=self._limits,
+            limits=self.limits,
             traits=self._traits,
         )
         decision = self._policy.decide(round)
@@ -126,7 +127,7 @@ class Orchestrator:
         self, chunks: Collection[tuple[Adapter | None, int]], folded: Adapter | None
     ) -> StepLoad:
         """What a planned step costs, for `observe`."""
-        return load_of(chunks, folded, bucket=self._limits.bucket, traits=self._traits)
+        return load_of(chunks, folded, bucket=self.limits.bucket, traits=self._traits)
 
     def observe(self, load: StepLoad, ms: float) -> None:
         """Takes the time of a step that ran, more than zero."""

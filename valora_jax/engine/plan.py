@@ -50,6 +50,11 @@ class Plan:
     preempted: list[Request]
 
     @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """All of them, in the order of the step's rows."""
+        return (*self.decodes, *self.prefills)
+
+    @property
     def tokens(self) -> int:
         return len(self.decodes) + sum(chunk.length for chunk in self.prefills)
 

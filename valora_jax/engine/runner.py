@@ -126,7 +126,7 @@ class Runner:
         `folded` is the adapter in the merged weights, on which it runs then.
         """
         plan = self._sorted_by_adapter(plan)
-        chunks = (*plan.decodes, *plan.prefills)
+        chunks = plan.chunks
         prompt_tokens = plan.tokens - len(plan.decodes)
         bucket = self.shapes.choose(decodes=len(plan.decodes), prompt_tokens=prompt_tokens)
         slots = {self._sources.adapter_slot(chunk.request) for chunk in chunks}

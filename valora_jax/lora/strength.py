@@ -36,7 +36,7 @@ def update_energy(pools: Mapping[str, LoraPool], slot: jax.Array) -> dict[str, j
 
 def _layers_energy(pool: LoraPool, slot: jax.Array) -> jax.Array:
     layers, widest = pool.scale_LS.shape[0], pool.page_SW.shape[1]
-    layer_rows = pool.a_RD.shape[0] // layers
+    layer_rows = pool.layer_pages * PAGE_RANKS
     rank_R = jnp.arange(widest * PAGE_RANKS)
     used_R = rank_R // PAGE_RANKS < pool.pages_S[slot]
     row_R = pool.page_SW[slot][rank_R // PAGE_RANKS] * PAGE_RANKS + rank_R % PAGE_RANKS

@@ -14,12 +14,11 @@ import jax
 
 from pallas_kernels.lora_matmul import PAGE_RANKS
 from valora_jax.config import EngineConfig, PolicyName
-from valora_jax.engine.buckets import MAX_CHUNKS, default_step_tokens
 from valora_jax.engine.core import Job
 from valora_jax.engine.generation import CheckedPrompt, Prompts
 from valora_jax.engine.orchestrator import StepRan
 from valora_jax.engine.policies import make_policy
-from valora_jax.engine.rounds import Adapter, AdapterTraits, Copy, Servable, StepLimits
+from valora_jax.engine.rounds import Adapter, AdapterTraits, Copy, Servable
 from valora_jax.engine.start import Parts, start
 from valora_jax.replay.arrivals import Arrival, at_once, without_adapters
 from valora_jax.replay.driver import drive
@@ -111,7 +110,7 @@ class LiveSystem:
         ]
         self.replay(in_turn, "unmerged")
         device = Device.learnt(self._modes.orchestrator.costs)
-        return capacity(trace, device=device, limits=self._limits(), traits=None)
+        return capacity(trace, device=device, limits=self._modes.orchestrator.limits, traits=None)
 
     def replay(self, trace: Sequence[Arrival], policy: PolicyName) -> Outcome:
         """Replays a trace, in order of arrival, with an empty merged copy at first.
@@ -154,24 +153,11 @@ class LiveSystem:
             trace,
             make_policy(policy, max_wait_s=self._config.max_wait_s),
             device=Device.learnt(costs),
-            limits=self._limits(),
+            limits=self._modes.orchestrator.limits,
             traits=self._traits,
             costs=copy.deepcopy(costs),
         )
         return run.run().outcome()
-
-    def _limits(self) -> StepLimits:
-        """Those of the engine's scheduler."""
-        config, shapes = self._config, self._parts.runner.shapes
-        return StepLimits(
-            max_requests=config.max_requests,
-            max_tokens_per_step=config.max_tokens_per_step
-            or default_step_tokens(
-                max_requests=config.max_requests, tokens_per_image=self.image_tokens
-            ),
-            max_prefill_chunks=MAX_CHUNKS,
-            bucket=lambda decodes, prompt: shapes.choose(decodes=decodes, prompt_tokens=prompt),
-        )
 
     def _traits(self, adapter: Adapter) -> AdapterTraits:
         assert isinstance(adapter, int)  # traces number them

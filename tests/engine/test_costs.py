@@ -12,8 +12,10 @@ SLOW = StepTimes(
     decode_ms=1.5,
     prompt_token_ms=0.4,
     lora_ms=3.0,
+    prompt_lora_ms=10.0,
     page_ms=1.0,
     token_page_ms=0.01,
+    mixture_ms=4.0,
 )
 
 
@@ -106,7 +108,7 @@ def test_lora_never_makes_a_step_quicker():
     costs = taught(free, steps=300, noise=0.2)
     for adapters in range(1, 9):
         with_lora = costs.estimate_ms(load_of(decodes=8, adapters=adapters, mode=Mode.MIXTURE))
-        assert with_lora >= costs.estimate_ms(load_of(decodes=8, mode=Mode.MIXTURE))
+        assert with_lora >= costs.estimate_ms(load_of(decodes=8, mode=Mode.MERGED))
 
 
 def test_merges_are_measured():
@@ -141,3 +143,24 @@ def test_steps_that_all_use_lora_are_not_laid_on_lora():
         merged = load_of(decodes=12, prompt_tokens=prompt_tokens, mode=Mode.MERGED)
         saved_ms = costs.estimate_ms(load) - costs.estimate_ms(merged)
         assert saved_ms == pytest.approx(quicker.of(load) - quicker.of(merged), rel=0.3)
+
+
+@pytest.mark.parametrize(("merged", "known"), [(0.1, 0.2), (0.0, 0.8)])
+def test_a_shape_off_the_line_does_not_hide_what_lora_takes(merged, known):
+    """As on an H100, where steps of more than 32 rows have other kernels."""
+    costs, times, rng = StepCosts(), StepTimes(), random.Random(0)
+    for _ in range(1000):
+        large = rng.random() < 0.1
+        decodes = rng.randint(40, 60) if large else rng.randint(4, 28)
+        mode, adapters = Mode.UNMERGED, min(decodes // 2, 16)
+        if rng.random() < merged:
+            mode, adapters = Mode.MERGED, 0
+        load = load_of(decodes=decodes, adapters=adapters, mode=mode)
+        load = dataclasses.replace(load, bucket=1 << (decodes - 1).bit_length())
+        costs.observe(load, times.of(load) * (1.2 if large else 1.0) * rng.gauss(1, 0.02))
+    unmerged = dataclasses.replace(load_of(decodes=8, adapters=4), bucket=8)
+    saved_ms = costs.estimate_ms(unmerged) - costs.estimate_ms(
+        dataclasses.replace(load_of(decodes=8, mode=Mode.MERGED), bucket=8)
+    )
+    lora_ms = times.lora_ms + 16 * times.page_ms
+    assert saved_ms == pytest.approx(lora_ms, rel=known)

@@ -16,11 +16,11 @@ from valora_jax.replay.simulation import Device, Simulation, capacity, step_limi
 class BentTimes:
     """A device that the policies' first guess does not meet, nor any line through its steps.
 
-    Prompts take three quarters of what is guessed, and every compiled shape has factors of its own
-    for the base, for LoRA, and for LoRA in a mixture.
+    Prompts take a quarter less than is guessed, LoRA in them half, and every compiled shape has
+    factors of its own for the base, for LoRA, and for LoRA in a mixture.
     """
 
-    _TIMES = StepTimes(prompt_token_ms=0.0175, token_page_ms=0.0005)
+    _TIMES = StepTimes(prompt_token_ms=0.0132, prompt_lora_ms=1.0)
     _DEVIATIONS = (0.08, 0.2, 0.1)
 
     def of(self, load: StepLoad) -> float:
@@ -47,8 +47,8 @@ SPREADS = {
 KINDS = {"retrieval": (VISUAL_RETRIEVAL, 60), "video": (VIDEO_ANALYTICS, 200)}
 
 
-def replay(trace, policy: str) -> Report:
-    run = Simulation(trace, make_policy(policy, max_wait_s=0.5), device=DEVICE, limits=LIMITS)
+def replay(trace, policy: str, *, device: Device = DEVICE) -> Report:
+    run = Simulation(trace, make_policy(policy, max_wait_s=0.5), device=device, limits=LIMITS)
     return report(run.run().outcome())
 
 
@@ -67,7 +67,9 @@ def test_valora_has_the_lowest_latency(lengths, requests, load, adapters, spread
     assert valora.token_ms.p99 <= 1.1 * others[0].token_ms.p99
 
 
-def test_every_mode_is_used_where_one_adapter_leads():
+def test_every_mode_is_used_where_each_pays():
+    """Mixtures do where what LoRA takes follows the tokens that meet it."""
+    times = StepTimes(prompt_lora_ms=0.0, token_page_ms=0.001, mixture_ms=0.0)
     trace = make_trace(skewed(16, 0.8), rate=6.0, requests=100)
-    mode_s = replay(trace, "valora").mode_s
+    mode_s = replay(trace, "valora", device=Device(times=times)).mode_s
     assert min(mode_s.values()) > 0.05 * sum(mode_s.values())

@@ -1,7 +1,7 @@
 """What steps and merges cost on this device, learnt while serving.
 
 A step's time is close to linear in what it does: a fixed part for reading the weights, one for each
-decoding request, one for each prompt token; with LoRA a fixed part again, one for each rank page
+decoding request, one for each prompt token; with LoRA fixed parts again, one for each rank page
 that is read and one for each token that meets a rank page. `StepCosts` starts from the figures of
 one device and follows those of its own; what the line misses it corrects for each compiled shape.
 """
@@ -35,8 +35,17 @@ class StepLoad:
 
     def features(self) -> tuple[float, ...]:
         """As many as `StepTimes` has fields, in their order."""
-        lora = 1.0 if self.pages else 0.0
-        return (1.0, self.decodes, self.prompt_tokens, lora, self.pages, self.token_pages)
+        lora = self.pages > 0
+        return (
+            1.0,
+            self.decodes,
+            self.prompt_tokens,
+            float(lora),
+            float(lora and self.prompt_tokens > 0),
+            self.pages,
+            self.token_pages,
+            float(self.mode is Mode.MIXTURE),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,17 +53,19 @@ class StepTimes:
     """Milliseconds of a step: one term for each of `StepLoad.features`.
 
     The defaults are LLaVA-1.5-7B in bfloat16 on an H100 (docs/performance.md): steps of 8 and 32
-    decodes of 800 tokens take 6.2 and 10 ms, a first token 20 ms; rank-64 adapters (4 pages) add
-    0.44 ms when all share one, 1.2 and 4.2 ms when 8 and 32 requests bring one each, and about a
-    sixth to prompts.
+    decodes of 800 tokens take 6.2 and 10 ms, a first token 16.2 ms; rank-64 adapters (4 pages) add
+    0.44 ms when all share one, 1.2 and 4.2 ms when 8 and 32 requests bring one each, 3 ms to steps
+    with prompts, and a mixture takes 0.44 ms more than an unmerged step that reads as many pages.
     """
 
     step_ms: float = 4.93
     decode_ms: float = 0.158
-    prompt_token_ms: float = 0.0233
+    prompt_token_ms: float = 0.0176
     lora_ms: float = 0.32
+    prompt_lora_ms: float = 2.0
     page_ms: float = 0.029
-    token_page_ms: float = 0.001
+    token_page_ms: float = 0.0002
+    mixture_ms: float = 0.44
 
     def of(self, load: StepLoad) -> float:
         """Milliseconds of a step."""
@@ -62,37 +73,51 @@ class StepTimes:
 
 
 _BASE_TERMS = 3  # the first ones; the others are LoRA's
-# On another device any term may be as large as some steps here. LoRA's are held closer to the
-# guess: where all steps use LoRA they do not tell its share from the base's.
-_USUAL_FEATURES = (1, 16, 640, 1, 32, 2560)
-_DEVIATIONS = (3.0, 3.0, 3.0, 1.0, 1.0, 1.0)  # in steps
+# On another device a term of the base may be as large as some steps here, and one of LoRA's as a
+# part of one: where all steps use LoRA they do not tell its share from the base's.
+_USUAL_FEATURES = (1, 16, 640, 1, 1, 32, 2560, 1)
+_DEVIATIONS = (*[3.0] * _BASE_TERMS, *[1.0] * 4, 0.3)  # in steps
 # What the line misses in one compiled shape: factors of the base, of LoRA, and of LoRA once more in
 # a mixture; and how far off these may be.
 _FACTORS = (1.0, 1.0, 0.0)
 _FACTOR_DEVIATIONS = (0.15, 0.3, 0.3)
-_FORGETS, _FACTORS_FORGET = 1e-4, 0.02  # shares of what is known that go with a step
+# Shares of what is known of each that go with a step.
+_FORGETS = (*[1e-4] * 3, *[1e-5] * 4, 2e-3)
+_FACTORS_FORGET = (0.02, 0.02, 0.02)
 # One slow step, of a collected garbage or a busy host, says little about the next.
-_LARGEST_SURPRISE = 0.5
+_LARGEST_SURPRISE = 0.1
 _UNLIMITED_STEPS = 50  # as many at the start, when the first guess may be of another device
 _NOISE = 0.05  # of a step's time
+# Of the guess. Steps that all use LoRA may hide what it takes, and would be all there ever are.
+_LEAST_LORA = 0.3
+_BENDS = 3.0  # how much less reliable a shape off the line is, in units of the distance
 
 
 class _Line:
     """Weights of a sum, learnt from sums by least squares that return to a guess in time.
 
     Attributes:
+      guess: of the weights, before anything was learnt.
       weights: as known now.
     """
 
-    def __init__(self, guess: Sequence[float], deviations: Sequence[float], *, forgets: float):
-        """Starts from a guess, how far off each weight of it may be, and how much one step of
-        learning makes less certain what was learnt before."""
-        self.weights = list(guess)
-        self._guess, self._forgets = tuple(guess), forgets
-        self._variances = [deviation**2 for deviation in deviations]
+    def __init__(
+        self, guess: Sequence[float], deviations: Sequence[float], *, forgets: Sequence[float]
+    ):
+        """Starts from a guess.
+
+        Args:
+          guess: of the weights.
+          deviations: how far off each may be.
+          forgets: which share of what is known of each goes whenever something is learnt.
+        """
+        self.guess, self.weights = tuple(guess), list(guess)
+        self._keeps = [math.sqrt(1 - share) for share in forgets]
+        variances = [deviation**2 for deviation in deviations]
+        self._returns = [share * v for share, v in zip(forgets, variances, strict=True)]
         self._covariance = [
             [variance if i == j else 0.0 for j in range(len(self.weights))]
-            for i, variance in enumerate(self._variances)
+            for i, variance in enumerate(variances)
         ]
 
     def variance(self, x: Sequence[float]) -> float:
@@ -117,12 +142,14 @@ class _Line:
 
     def _forget(self) -> None:
         """Moves towards the guess, so that what no step shows any more cannot stay wrong."""
-        keep = 1 - self._forgets
-        back = math.sqrt(keep)
-        self.weights = [g + back * (w - g) for w, g in zip(self.weights, self._guess, strict=True)]
-        self._covariance = [[keep * c for c in row] for row in self._covariance]
-        for i, variance in enumerate(self._variances):
-            self._covariance[i][i] += self._forgets * variance
+        keeps = self._keeps
+        self.weights = [
+            guess + keep * (w - guess)
+            for w, guess, keep in zip(self.weights, self.guess, keeps, strict=True)
+        ]
+        for i, row in enumerate(self._covariance):
+            row[:] = [keeps[i] * keep * c for c, keep in zip(row, keeps, strict=True)]
+            row[i] += self._returns[i]
 
 
 class StepCosts:
@@ -142,9 +169,7 @@ class StepCosts:
           merge_ms: device time of folding an adapter into all linears.
         """
         self.merge_ms = merge_ms
-        terms = dataclasses.astuple(first_guess or StepTimes())
-        usual = zip(_DEVIATIONS, _USUAL_FEATURES, strict=True)
-        self._line = _Line(terms, [terms[0] * d / x for d, x in usual], forgets=_FORGETS)
+        self._line = _line_of(dataclasses.astuple(first_guess or StepTimes()))
         self._factors: dict[Hashable, _Line] = {}
         self._steps = 0
 
@@ -160,14 +185,18 @@ class StepCosts:
     def observe(self, load: StepLoad, ms: float) -> None:
         """Learns from a step that took `ms`, more than zero."""
         self._steps += 1
+        predicted = self.estimate_ms(load)
+        if self._steps == 1:  # how fast a device is, it is with LoRA, too
+            self._line = _line_of([w * ms / predicted for w in self._line.weights])
         if self._steps > _UNLIMITED_STEPS:
-            predicted = self.estimate_ms(load)
             bound = _LARGEST_SURPRISE * predicted
             ms = min(max(ms, predicted - bound), predicted + bound)
         noise = (_NOISE * ms) ** 2
         # While the line is not known, what it misses is not the shape's.
         unknown = self._line.variance(load.features())
-        self._line.learn(load.features(), ms, variance=noise)
+        # Shapes that are known to be off the line do not bend it.
+        off_ms = predicted - sum(self._parts_ms(load)[:2])
+        self._line.learn(load.features(), ms, variance=noise + (_BENDS * off_ms) ** 2)
         if load.bucket not in self._factors:
             self._factors[load.bucket] = _Line(
                 _FACTORS, _FACTOR_DEVIATIONS, forgets=_FACTORS_FORGET
@@ -180,7 +209,14 @@ class StepCosts:
 
     def _parts_ms(self, load: StepLoad) -> tuple[float, float, float]:
         """On the line: the base, LoRA, and this again in a mixture; for the factors, in order."""
-        parts = [w * x for w, x in zip(self._line.weights, load.features(), strict=True)]
+        x = load.features()
+        parts = [w * f for w, f in zip(self._line.weights, x, strict=True)]
+        guessed = [w * f for w, f in zip(self._line.guess, x, strict=True)]
         base_ms = max(sum(parts[:_BASE_TERMS]), 1e-3)
-        lora_ms = max(sum(parts[_BASE_TERMS:]), 0.0)
+        lora_ms = max(sum(parts[_BASE_TERMS:]), _LEAST_LORA * sum(guessed[_BASE_TERMS:]))
         return base_ms, lora_ms, lora_ms if load.mode is Mode.MIXTURE else 0.0
+
+
+def _line_of(terms: Sequence[float]) -> _Line:
+    usual = zip(_DEVIATIONS, _USUAL_FEATURES, strict=True)
+    return _Line(terms, [terms[0] * d / x for d, x in usual], forgets=_FORGETS)

@@ -38,6 +38,7 @@ class Bench:
         self.spec, self._shape = spec, shape
         self._weights = Weights(spec)
         self._adapters = decode_inputs.adapter_arrays(spec)
+        self._step_shape = functools.cache(self._make_step_shape)
         self._run = functools.cache(self._make_run)
 
     def program(self, name: str, batch: Batch, *, impl: str, lora: bool, **more: Any) -> Program:
@@ -47,6 +48,7 @@ class Bench:
         """
         whose = {batch.requests: "each", 1: "one", 0: "unused" if lora else "none"}[batch.adapters]
         with_image = name == "first-token"
+        step_shape = self._step_shape(bucket_of=_with_adapters(batch, 0), impl=impl, lora=lora)
         return Program(
             name=f"{name}/{whose}/{impl}",
             fields=dict(
@@ -61,9 +63,7 @@ class Bench:
                 impl=impl,
             ),
             work=self._work(batch, with_image=with_image),
-            run=self._run(
-                bucket_of=_with_adapters(batch, 0), impl=impl, lora=lora, with_image=with_image
-            ),
+            run=self._run(step_shape, with_image=with_image),
             carry=functools.partial(decode_inputs.carry, self.spec, batch),
             variants=[
                 (
@@ -76,22 +76,27 @@ class Bench:
             calls=1,
             error=_unless_finite,
             timing=more,
-            compiler_options=step.COMPILER_OPTIONS,
+            compiler_options=step.compiler_options(step_shape),
         )
 
-    def _make_run(
-        self, *, bucket_of: Batch, impl: str, lora: bool, with_image: bool
-    ) -> Callable[..., tuple[Any, Any]]:
-        """The function to compile, one and the same for batches of one shape."""
-        shape_of = functools.partial(
-            step.StepShape,
+    def _make_step_shape(
+        self, *, impl: str, lora: bool, bucket_of: Batch | None = None
+    ) -> step.StepShape:
+        """Of a batch, or of one image."""
+        layout = decode_inputs.layout(self.spec, bucket_of) if bucket_of else self._image_layout
+        return step.StepShape(
             model=self._weights.shape,
+            layout=layout,
             with_lora=lora,
             dtype=np.dtype(DTYPE),
             kernel=impl,
         )
-        step_shape = shape_of(layout=decode_inputs.layout(self.spec, bucket_of))
-        image_shape = shape_of(layout=self._image_layout)
+
+    def _make_run(
+        self, step_shape: step.StepShape, *, with_image: bool
+    ) -> Callable[..., tuple[Any, Any]]:
+        """The function to compile, one and the same for batches of one shape."""
+        image_shape = self._step_shape(impl=step_shape.kernel, lora=step_shape.with_lora)
 
         def run(carry, leaves, adapters, packed, images):
             kv, state, features_FD = carry

@@ -10,11 +10,13 @@ from pallas_kernels.lora_matmul.api import (
     lora_matmul,
 )
 from pallas_kernels.lora_matmul.layout import MAX_RANK, PAGE_RANKS, LoraPool, RowTiles
+from pallas_kernels.lora_matmul.tiles_linear import MAX_ROWS as ONE_LAUNCH_ROWS
 from pallas_kernels.lora_matmul.tuned import table as tuned_table
 from pallas_kernels.tuning.table import Segments
 
 __all__ = [
     "MAX_RANK",
+    "ONE_LAUNCH_ROWS",
     "PAGE_RANKS",
     "Counters",
     "Implementation",

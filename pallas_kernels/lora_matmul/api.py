@@ -74,8 +74,8 @@ def lora_linear(
 ) -> jax.Array:
     """Returns `x_TD @ w_DE + bias_E` plus each row's adapters, of linears that share an input.
 
-    For few rows without a bias, "triton" computes all of it in one launch; otherwise this is a
-    product and `lora_matmul`.
+    For few rows without a bias, "triton" computes all of it in one launch. Otherwise it computes
+    the updates first, and XLA may add them in the same pass as it multiplies.
 
     Args:
       x_TD: `[T, D]` input.
@@ -96,13 +96,14 @@ def lora_linear(
         raise ValueError(f"w_DE is for inputs of width {w_DE.shape[0]}, x_TD has {D}")
     few = T <= tiles_linear.MAX_ROWS and bias_E is None and w_DE.dtype == x_TD.dtype
     if implementation == "triton" and few and parts:
-        _check(parts, D=D, E=E, layer=layer)
+        _check(parts, tiles, T=T, D=D, E=E, layer=layer)
         pools, columns = tuple(p.pool for p in parts), tuple(p.column for p in parts)
-        cut = tuned.linear_tile_for(
-            Key(op=tuned.LINEAR, width=D, columns=E, tokens=T, segments=segments),
+        cut = tiles_linear.linear_tile(
+            width=D,
+            columns=E,
             parts=len(parts),
-            tile_rows=block_height(tiles.block_rows),
             itemsize=x_TD.dtype.itemsize,
+            tile_rows=block_height(tiles.block_rows),
             device=_device(),
         )
         arrived, spare = counters or Counters.new()
@@ -119,8 +120,9 @@ def lora_linear(
         )
         return y_TE
     if implementation == "triton":
-        # Or XLA makes x, the end of a norm say, once for the product and once for the kernel.
-        x_TD = jax.lax.optimization_barrier(x_TD)
+        # Or XLA makes x, the end of a norm say, once for the product and once for the kernel; and a
+        # product with the bias, to which the updates are added in another pass.
+        x_TD, bias_E = jax.lax.optimization_barrier((x_TD, bias_E))
     return lora_matmul(
         base_product(x_TD, w_DE, bias_E),
         x_TD,
@@ -154,7 +156,7 @@ def lora_matmul(
     """Adds each row's adapters to the base products of linears that share an input.
 
     Args:
-      y_TE: `[T, E]` base products side by side; overwritten in place where XLA may.
+      y_TE: `[T, E]` base products side by side.
       x_TD: `[T, D]` input of the linears; `y_TE` has its dtype, or is float32.
       parts: pools, and where their outputs lie; columns of no part stay as they are. Pools are
         cast to the dtype of `x_TD` where they differ.
@@ -179,7 +181,7 @@ def lora_matmul(
     (T, D), E = x_TD.shape, y_TE.shape[1]
     if y_TE.shape[0] != T:
         raise ValueError(f"row counts differ: x_TD has {T}, y_TE {y_TE.shape[0]}")
-    _check(parts, D=D, E=E, layer=layer)
+    _check(parts, tiles, T=T, D=D, E=E, layer=layer)
     if not parts:
         return y_TE
     pools, columns = tuple(p.pool for p in parts), tuple(p.column for p in parts)
@@ -189,18 +191,27 @@ def lora_matmul(
         case "triton":
             if tile is None:
                 tile = tuned.lora_tile_for(
-                    Key(op=tuned.LORA, width=D, columns=E, tokens=T, segments=segments),
+                    Key(op=tuned.OP, width=D, columns=E, tokens=T, segments=segments),
                     block_rows=block_height(tiles.block_rows),
                     itemsize=y_TE.dtype.itemsize,
                     device=_device(),
                 )
-            return triton.lora_matmul(
-                y_TE, x_TD, pools, tiles, np.int32(layer), columns=columns, tile=tile
+            return y_TE + triton.lora_update(
+                x_TD,
+                pools,
+                tiles,
+                np.int32(layer),
+                columns=columns,
+                E=E,
+                dtype=y_TE.dtype,
+                tile=tile,
             )
     raise ValueError(f"unknown implementation {implementation!r}; known: 'triton', 'xla'")
 
 
-def _check(parts: Sequence[Part], *, D: int, E: int, layer: int) -> None:
+def _check(parts: Sequence[Part], tiles: RowTiles, *, T: int, D: int, E: int, layer: int) -> None:
+    if (rows := tiles.first_M.shape[0]) != T:
+        raise ValueError(f"row counts differ: x_TD has {T}, the row tiles {rows}")
     for part in parts:
         pool, stop = part.pool, part.column + part.pool.b_RE.shape[1]
         if pool.a_RD.shape[1] != D:

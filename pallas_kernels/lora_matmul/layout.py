@@ -47,12 +47,14 @@ class RowTiles:
     Any order of rows is right; rows sorted by adapter make the fewest tiles.
 
     Attributes:
-      first_M: `[M]` int32 first row of each tile, ascending.
+      first_M: `[M]` int32 first row of each tile, ascending among those in use.
       len_M: `[M]` int32 rows in it, 1 to `block_rows`.
       plus_M: `[M]` int32 slot of the adapter that is added, -1 for none.
       minus_M: `[M]` int32 slot of the adapter that is subtracted because it is folded into the
         base product, -1 for none.
-      count: scalar int32, tiles in use; those after it hold anything.
+      count: scalar int32, tiles in use.
+      idle: scalar int32, tiles after them, of rows that have nothing to add or subtract, so that
+        all rows are in one. What comes after both is anything.
       block_rows: the height of a tile.
     """
 
@@ -61,13 +63,14 @@ class RowTiles:
     plus_M: jax.Array
     minus_M: jax.Array
     count: jax.Array
+    idle: jax.Array
     block_rows: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(
         cls, adapter_T: jax.Array, *, merged: jax.Array | int = -1, block_rows: int
     ) -> "RowTiles":
-        """Cuts rows into tiles; rows with nothing to add or subtract are in none.
+        """Cuts rows into tiles, those with nothing to add or subtract into tiles of their own.
 
         Args:
           adapter_T: `[T]` int32 adapter slot of each row, -1 for the base model.
@@ -83,16 +86,20 @@ class RowTiles:
         run_start_T = jax.lax.cummax(jnp.where(changes_T, row_T, 0))
         starts_T = (row_T - run_start_T) % block_rows == 0
         works_T = (adapter_T != merged) & ((adapter_T >= 0) | (merged >= 0))
-        tile_T = jnp.cumsum(starts_T & works_T, dtype=jnp.int32) - 1
+        starts_2T = jnp.stack([starts_T & works_T, starts_T & ~works_T])
+        nth_2T = jnp.cumsum(starts_2T, axis=1, dtype=jnp.int32)
+        count, idle = nth_2T[:, -1]
+        tile_T = jnp.where(works_T, nth_2T[0], count + nth_2T[1]) - 1
         # As many tiles as rows: of unsorted rows, each can be one. Unused ones cost nothing.
-        first_M = jnp.full(T, T, jnp.int32).at[jnp.where(starts_T & works_T, tile_T, T)].set(row_T)
-        len_M = jnp.zeros(T, jnp.int32).at[jnp.where(works_T, tile_T, T)].add(1)
+        first_M = jnp.full(T, T, jnp.int32).at[jnp.where(starts_T, tile_T, T)].set(row_T)
+        len_M = jnp.zeros(T, jnp.int32).at[tile_T].add(1)
         plus_M = adapter_T[jnp.minimum(first_M, T - 1)]
         return cls(
             first_M=first_M,
             len_M=len_M,
             plus_M=plus_M,
             minus_M=jnp.broadcast_to(merged, (T,)),
-            count=tile_T[-1] + 1,
+            count=count,
+            idle=idle,
             block_rows=block_rows,
         )

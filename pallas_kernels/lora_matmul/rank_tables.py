@@ -24,6 +24,7 @@ class TileRow(NamedTuple):
       plus_pages: how many of them, the first ones, are of the adapter that is added.
       plus, minus: slots of the adapter that is added, and of the one that is subtracted.
       in_use: tiles in use, the same for all.
+      all_tiles: with those of rows that have nothing to add or subtract.
       page_r: page of each rank of the program's first block.
     """
 
@@ -34,10 +35,11 @@ class TileRow(NamedTuple):
     plus: jax.Array
     minus: jax.Array
     in_use: jax.Array
+    all_tiles: jax.Array
     page_r: jax.Array
 
 
-TILE_FIELDS = 8  # numbers before the page ids of a row of a table: those of `TileRow`, and a space
+TILE_FIELDS = 8  # numbers before the page ids of a row of a table: those of `TileRow`
 
 
 def rank_tables(
@@ -65,11 +67,12 @@ def rank_tables(
 def _rank_table(pool: LoraPool, tiles: RowTiles, *, most_pages: int, width: int) -> jax.Array:
     """All that the kernels ask about each row tile in a part, in one row: one load away.
 
-    Returns `[M + 1, X]` int32: the numbers of a `TileRow`, a space, then the page ids of the tile's
-    list; after its end they are anything. Tiles that are not in use, and the last row, have no rows
-    and no pages. The same in all layers, so that XLA makes it once a step.
+    Returns `[M + 1, X]` int32: the numbers of a `TileRow`, then the page ids of the tile's list;
+    after its end they are anything. Tiles that are not in use have no pages, those of no rows, and
+    the last row, no rows either. The same in all layers, so that XLA makes it once a step.
     """
-    in_use_M = jnp.arange(tiles.first_M.shape[0] + 1) < tiles.count
+    m_M, all_tiles = jnp.arange(tiles.first_M.shape[0] + 1), tiles.count + tiles.idle
+    in_use_M = m_M < tiles.count
     first_M, len_M, plus_M, minus_M = (
         jnp.pad(of_tile, (0, 1), constant_values=-1)
         for of_tile in (tiles.first_M, tiles.len_M, tiles.plus_M, tiles.minus_M)
@@ -87,12 +90,13 @@ def _rank_table(pool: LoraPool, tiles: RowTiles, *, most_pages: int, width: int)
     table_MX = pool.page_SW.at[slot_MX, at_MX].get(mode="clip")
     fields = dict(
         first=first_M,
-        rows=jnp.where(in_use_M, len_M, 0),
+        rows=jnp.where(m_M < all_tiles, len_M, 0),
         pages=plus_pages_M + minus_pages_M,
         plus_pages=plus_pages_M,
         plus=jnp.maximum(plus_M, 0),
         minus=jnp.maximum(minus_M, 0),
         in_use=jnp.full_like(first_M, tiles.count),
+        all_tiles=jnp.full_like(first_M, all_tiles),
     )
     for name, of_tile_M in fields.items():
         column = TileRow._fields.index(name) - TILE_FIELDS
@@ -100,10 +104,13 @@ def _rank_table(pool: LoraPool, tiles: RowTiles, *, most_pages: int, width: int)
     return table_MX
 
 
-def for_each_tile(do, table_MX, m, programs, *, block, block_ranks: int) -> None:
+def for_each_tile(
+    do, table_MX, m, programs, *, block, block_ranks: int, idle: bool = False
+) -> None:
     """Runs `do(tile, m)` for row tile m and every `programs`-th after it.
 
-    `block` is the program's first block of ranks of a tile.
+    `block` is the program's first block of ranks of a tile. With `idle`, rows that have nothing to
+    add or subtract have their turns, too.
     """
     tiles = table_MX.shape[0] - 1
 
@@ -123,7 +130,8 @@ def for_each_tile(do, table_MX, m, programs, *, block, block_ranks: int) -> None
 
     first = read(m)
     # Of the first, so that the last turn does not wait for another row of the table.
-    jax.lax.while_loop(lambda carry: carry[1] < first.in_use, step, (first, m))
+    stop = first.all_tiles if idle else first.in_use
+    jax.lax.while_loop(lambda carry: carry[1] < stop, step, (first, m))
 
 
 def page_ids(table_MX, m, k, *, block_ranks: int) -> jax.Array:

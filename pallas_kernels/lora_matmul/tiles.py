@@ -95,9 +95,8 @@ def lora_tile(
     expand = _expand_tile(height, row_tiles, splits=shrink.splits, multiprocessors=count)
     tile = LoraTile(
         block_rows=height,
-        # One for each row of a decode, as each may bring another adapter; more than there is work
-        # for cost time.
-        row_programs=min(rows, row_tiles + (32 if rows < 256 else 8)),
+        # One for each row of a decode, as each may bring another adapter.
+        row_programs=min(rows, row_tiles + 32),
         shrink=dataclasses.replace(shrink, block_k=max(16, min(128, power_of_two(width)))),
         expand=dataclasses.replace(
             expand, block_columns=max(16, min(expand.block_columns, power_of_two(columns)))
@@ -197,8 +196,8 @@ def shared_memory_bytes(tile: LoraTile, *, itemsize: int) -> dict[str, int]:
 
     As Triton did it in jax 0.11.2. Loads of tiles of 64 rows and more stay where they land until
     the matmul instruction has read them, so that each stage has a buffer; below that, the stage
-    that computes has its operands in registers. In the expand the addresses of B are loaded before
-    B, so that a buffer takes two stages.
+    that computes has its operands in registers. Where the expand goes through the ranks in steps,
+    the addresses of B are loaded before B, so that a buffer takes two stages.
     """
     shrink, expand, rows = tile.shrink, tile.expand, tile.block_rows
 
@@ -206,16 +205,16 @@ def shared_memory_bytes(tile: LoraTile, *, itemsize: int) -> dict[str, int]:
         return stages if rows >= 64 else max(1, stages - 1)
 
     x_and_a = (rows + shrink.block_ranks) * shrink.block_k * itemsize
-    y_and_b = (rows + expand.block_ranks) * expand.block_columns * itemsize
-    h = rows * expand.block_ranks * (itemsize if shrink.splits == 1 else 4 * shrink.splits)
+    b = expand.block_ranks * expand.block_columns * itemsize
+    h = rows * expand.block_ranks * itemsize
+    sums = h if shrink.splits == 1 else rows * expand.block_ranks * 4 * shrink.splits
     pages = 4 * expand.block_ranks + 4
     stages = max(min(expand.stages, 2), 1 + (expand.stages - 1) // 2)
-    in_flight = buffers(stages) * (y_and_b + h + pages)
-    identity = expand.block_columns**2 * itemsize if expand.stages > 1 else 0
-    result = rows * expand.block_columns * 4
+    held = h + buffers(expand.stages) * b
+    in_steps = buffers(stages) * (b + sums + pages)
     return {
         "shrink": max(x_and_a * buffers(shrink.stages), rows * shrink.block_ranks * 4),
-        "expand": in_flight + (2 * identity if rows >= 64 else identity + result),
+        "expand": max(held, in_steps) + rows * expand.block_columns * itemsize,
     }
 
 

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.lora_matmul import triton_shrink
+from pallas_kernels.lora_matmul.column_segments import ColumnSegment, column_segments
 from pallas_kernels.lora_matmul.layout import PAGE_RANKS, LoraPool, RowTiles
 from pallas_kernels.lora_matmul.rank_tables import (
     TILE_FIELDS,
@@ -38,7 +39,7 @@ from pallas_kernels.lora_matmul.triton_dot import dot
 from pallas_kernels.lora_matmul.triton_shrink import Shrink
 
 
-# Under a jit of its own for the reason of `triton.lora_matmul`.
+# Under a jit of its own for the reason of `triton.lora_update`.
 @functools.partial(jax.jit, static_argnames=("columns", "cut"))
 def lora_linear(
     x_TD: jax.Array,
@@ -79,7 +80,7 @@ def lora_linear(
         row_programs=min(cut.row_programs, tiles.first_M.shape[0]),
         cut=cut.shrink,
     )
-    segments = _segments(pools, columns, E)
+    segments = column_segments(pools, columns, E)
     programs = sum(pl.cdiv(s.stop - s.start, cut.block_columns) for s in segments)
     operands = (
         layer,
@@ -128,25 +129,6 @@ def _lists(tables: Sequence[jax.Array], tiles: RowTiles, *, T: int, ranks: int):
     return jnp.concatenate([tile_T[None], pages_PT]), page_PMQ.reshape(-1, Q)
 
 
-class _Segment(NamedTuple):
-    """Columns of one part, or of none (-1)."""
-
-    start: int
-    stop: int
-    part: int
-
-
-def _segments(pools: Sequence[LoraPool], columns: Sequence[int], E: int) -> list[_Segment]:
-    """All columns, in order."""
-    found, stop = [], 0
-    for i in sorted(range(len(pools)), key=columns.__getitem__):
-        if columns[i] > stop:
-            found.append(_Segment(stop, columns[i], -1))
-        stop = columns[i] + pools[i].b_RE.shape[1]
-        found.append(_Segment(columns[i], stop, i))
-    return [*found, _Segment(stop, E, -1)] if stop < E else found
-
-
 def _body(
     layer,
     x_TD,
@@ -165,7 +147,7 @@ def _body(
     h_UC,
     *,
     shrink: Shrink,
-    segments: Sequence[_Segment],
+    segments: Sequence[ColumnSegment],
     cut: LinearTile,
 ):
     program = pl.program_id(0)
@@ -244,7 +226,7 @@ def _add_part(y_te, h_utr, lists: "_Lists", b_re, *, dtype) -> jax.Array:
     return jax.lax.fori_loop(0, blocks, multiply_ranks, (y_te, h_utr))[0]
 
 
-def _place(segments: Sequence[_Segment], program, block_columns: int):
+def _place(segments: Sequence[ColumnSegment], program, block_columns: int):
     """A program's part, its first column, and where its segment ends."""
     first = 0
     part, column, stop = (jnp.int32(0) for _ in range(3))

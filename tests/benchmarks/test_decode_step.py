@@ -40,8 +40,8 @@ def bench(monkeypatch):
         monkeypatch.setattr(module, "DTYPE", jnp.float32)
     monkeypatch.setattr(decode_step, "LLAVA_1_5_7B", CONFIG)
     bench = decode_step.Bench(spec_of(CONFIG), TINY)
-    make = bench._make_run
-    bench._run = functools.cache(lambda **keywords: make(**keywords | {"impl": "xla"}))
+    make = bench._make_step_shape
+    bench._step_shape = functools.cache(lambda **keywords: make(**keywords | {"impl": "xla"}))
     return bench
 
 

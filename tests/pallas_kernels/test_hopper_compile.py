@@ -1,4 +1,4 @@
-"""Tiles compile for an H100 that is not there; needs the packages of the `cuda13` extra.
+"""Computed tiles compile for an H100 that is not there; needs the packages of the `cuda13` extra.
 
 The CUDA plugin compiles for a described device as it does for a real one, ptxas included, but
 without trying which way is fastest. Where it is not installed, the lowering tests remain.
@@ -14,10 +14,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import lora_matmul as op
-from pallas_kernels.lora_matmul import tiles, tiles_linear, triton, triton_linear
+from pallas_kernels.lora_matmul import api, tiles, tiles_linear, triton_linear
 from pallas_kernels.lora_merge import lora_merge
 from tests.pallas_kernels.test_lora_lowering import LINEARS, columns_of, pool_shapes
-from tests.pallas_kernels.test_tuned_tables import call_of, tiles_to_lower
 
 # What XLA asks of a device, from a real one.
 H100 = """
@@ -50,12 +49,12 @@ def compiled():
     mesh = Mesh(np.array(topology.devices), ("gpus",))
     sharding = NamedSharding(mesh, PartitionSpec())
 
-    def compile_fn(fn, *shapes):
+    def compile_fn(fn, *shapes, **options):
         here = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes
         )
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return jax.jit(fn).lower(*here).compile()
+            return jax.jit(fn).lower(*here).compile(compiler_options=options)
 
     # What a described device compiled cannot be read back from a cache of compilations.
     cached = jax.config.jax_enable_compilation_cache
@@ -74,22 +73,31 @@ def shapes_of(width, widths, rows):
     )
 
 
-@pytest.mark.parametrize("rows", [8, 128, 640, 4096])
+@pytest.mark.parametrize(("rows", "with_bias"), [(640, False), (4096, False), (576, True)])
 @pytest.mark.parametrize(("width", "widths"), LINEARS.values(), ids=LINEARS.keys())
-def test_shrink_and_expand(compiled, width, widths, rows):
-    E = sum(widths)
-    tile = tiles.lora_tile(rows=rows, width=width, columns=E)
+def test_the_product_of_a_prompt_adds_the_updates_in_place(
+    compiled, width, widths, rows, with_bias, monkeypatch
+):
+    monkeypatch.setattr(api, "_device", lambda: "NVIDIA H100 80GB HBM3")
 
-    def add(y_TE, x_TD, pools, adapter_T):
-        row_tiles = op.RowTiles.of(adapter_T, block_rows=tile.block_rows)
-        how = dict(columns=columns_of(widths), tile=tile)
-        return triton.lora_matmul(y_TE, x_TD, pools, row_tiles, np.int32(1), **how)
+    def multiply(x_TD, w_DE, bias_E, pools, adapter_T):
+        row_tiles = op.RowTiles.of(adapter_T, block_rows=tiles.block_rows(rows))
+        parts = [op.Part(pool=p, column=c) for p, c in zip(pools, columns_of(widths), strict=True)]
+        how = dict(tiles=row_tiles, layer=1, implementation="triton")
+        return op.lora_linear(x_TD, w_DE, parts, bias_E=bias_E if with_bias else None, **how)
 
     x_TD, pools, adapter_T = shapes_of(width, widths, rows)
-    y_TE = jax.ShapeDtypeStruct((rows, E), x_TD.dtype)
-    text = compiled(add, y_TE, x_TD, pools, adapter_T).as_text()
+    w_DE = jax.ShapeDtypeStruct((width, sum(widths)), x_TD.dtype)
+    bias_E = jax.ShapeDtypeStruct(w_DE.shape[1:], x_TD.dtype)
+    shapes = (x_TD, w_DE, bias_E, pools, adapter_T)
+    text = compiled(multiply, *shapes, xla_gpu_triton_gemm_any=False).as_text()
     assert "lora_shrink" in text
     assert "lora_expand" in text
+    (product,) = (line for line in text.splitlines() if 'custom_call_target="__cublas' in line)
+    assert '"beta":1' in product
+    assert "output_to_operand_aliasing={{0}: (2, {})}" in product
+    assert ('"epilogue":"BIAS"' in product) == with_bias
+    assert f"bf16[{rows},{sum(widths)}]{{1,0}} fusion(" not in text
 
 
 @pytest.mark.parametrize("rows", [1, tiles_linear.MAX_ROWS])
@@ -122,9 +130,3 @@ def test_a_merge(compiled, width, widths):
         return fill(merged_DE, base_DE, parts)
 
     assert "lora_merge" in compiled(merge, w_DE, w_DE, pools).as_text()
-
-
-def test_tiles_of_tables(compiled):
-    for tile in tiles_to_lower():
-        fn, shapes = call_of(tile)
-        assert "lora_" in compiled(fn, *shapes).as_text()

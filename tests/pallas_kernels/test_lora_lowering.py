@@ -72,7 +72,7 @@ def test_partial_sums_have_room_for_two_adapters_of_the_highest_rank_and_no_more
 def test_all_layers_share_one_lowering():
     text = lower(8, 4096, (4096,), layers=3)
     assert launches(text) == 2
-    assert text.count("call @lora_matmul(") == 3
+    assert text.count("call @lora_update(") == 3
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])

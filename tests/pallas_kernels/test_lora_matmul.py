@@ -109,16 +109,18 @@ def test_columns_of_no_part_stay_as_they_are():
     merged=st.integers(-1, SLOTS - 1),
     block_rows=st.sampled_from([1, 2, 4, 16]),
 )
-def test_tiles_cover_each_working_row_once(adapters, merged, block_rows):
+def test_tiles_cover_each_row_once_those_with_work_first(adapters, merged, block_rows):
     tiles = jax.tree.map(np.asarray, tiles_of(adapters, merged, block_rows))
     covered = []
-    for m in range(tiles.count):
+    for m in range(tiles.count + tiles.idle):
         first, length = tiles.first_M[m], tiles.len_M[m]
         assert 1 <= length <= block_rows
         assert set(adapters[first : first + length]) == {tiles.plus_M[m]}
         assert tiles.minus_M[m] == merged
         covered += range(first, first + length)
-    assert covered == [t for t, a in enumerate(adapters) if a != merged and (a >= 0 or merged >= 0)]
+    works_T = [a != merged and (a >= 0 or merged >= 0) for a in adapters]
+    assert covered == sorted(range(len(adapters)), key=lambda t: (not works_T[t], t))
+    assert tiles.len_M[: tiles.count].sum() == sum(works_T)
 
 
 def test_sorted_rows_make_the_fewest_tiles():
@@ -149,6 +151,7 @@ def test_one_executable_serves_any_number_of_pages_and_tiles():
     [
         (dict(x_TD=jnp.ones((3, D + 1))), f"inputs of width {D}, x_TD has {D + 1}"),
         (dict(x_TD=jnp.ones((2, D))), "row counts differ: x_TD has 2, y_TE 3"),
+        (dict(tiles=tiles_of([0, 0])), "row counts differ: x_TD has 3, the row tiles 2"),
         (dict(y_TE=jnp.zeros((3, E - 1))), f"columns 24:{E} of a part exceed y_TE's {E - 1}"),
         (dict(layer=LAYERS), r"layer=2 is not in \[0, 2\)"),
         (dict(implementation="cuda"), "unknown implementation 'cuda'"),

@@ -65,6 +65,11 @@ class BatchLayout:
         return cls(shapes={"adapter": (images * vision_tokens,), "first_row": (images,)})
 
     @property
+    def rows(self) -> int:
+        """That may bring an adapter."""
+        return math.prod(self.shapes["adapter"])
+
+    @property
     def size(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes.values())
 

@@ -312,7 +312,7 @@ class Runner:
             compiled = jax.jit(
                 traced,
                 donate_argnames=_DONATED.get(function, ()),
-                compiler_options=step.COMPILER_OPTIONS,
+                compiler_options=step.compiler_options(shape),
             )
             self._compiled[function, shape] = compiled
         return compiled

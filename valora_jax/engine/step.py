@@ -6,7 +6,7 @@ F feature rows, I images.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pallas_kernels.lora_matmul import ONE_LAUNCH_ROWS, LoraPool, Segments
 from pallas_kernels.lora_matmul import Implementation as Kernel
-from pallas_kernels.lora_matmul import LoraPool, Segments
 from pallas_kernels.paged_attention import Chunks, Decodes, KVPages
 from valora_jax.engine.batch import BatchLayout
 from valora_jax.engine.sampler import (
@@ -29,10 +29,6 @@ from valora_jax.layers.attention import AttentionBatch, KVCursor
 from valora_jax.lora.batch import LoraBatch
 from valora_jax.lora.heads import ReplacedHeads, replaced_logits
 from valora_jax.models.spec import HEAD_SITE, Model
-
-# The engine takes most of the memory before it compiles, so XLA takes it for short, and makes small
-# tables anew in every layer instead of keeping them: 120 launches of a 7B step of 32 rows.
-COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 
 
 @jax.tree_util.register_dataclass
@@ -80,6 +76,18 @@ class StepShape:
     with_lora: bool
     dtype: np.dtype
     kernel: Kernel
+
+
+def compiler_options(shape: Hashable) -> dict[str, str | bool]:
+    """Returns XLA's options for a function that is compiled for a shape."""
+    # The engine takes most of the memory before it compiles, so XLA takes it for short and makes
+    # small tables anew in every layer: 120 launches of a 7B step of 32 rows.
+    options: dict[str, str | bool] = {"xla_disable_hlo_passes": "rematerialization"}
+    if isinstance(shape, StepShape) and shape.kernel == "triton":
+        # Products go to cuBLAS, which adds the updates of adapters in the same pass; XLA's own
+        # kernels, quicker at few rows, leave that to a pass of its own.
+        options["xla_gpu_triton_gemm_any"] = shape.layout.rows <= ONE_LAUNCH_ROWS
+    return options
 
 
 @jax.tree_util.register_dataclass

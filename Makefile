@@ -23,7 +23,7 @@ check: setup ## Lint, format, types, and the floors between packages.
 	$(PYTHON_VENV) -m pytest -q tests/test_floors.py
 
 test: check ## The checks, then every test that needs no GPU.
-	$(PYTHON_VENV) -m pytest -m "not gpu"
+	$(PYTHON_VENV) -m pytest -m "not gpu" -n 2 --dist loadfile
 
 demo: setup ## Builds the demo model (once, in a cache folder) and asks it about pictures.
 	.venv/bin/valora demo

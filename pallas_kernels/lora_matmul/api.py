@@ -98,12 +98,11 @@ def lora_linear(
     if implementation == "triton" and few and parts:
         _check(parts, tiles, T=T, D=D, E=E, layer=layer)
         pools, columns = tuple(p.pool for p in parts), tuple(p.column for p in parts)
-        cut = tiles_linear.linear_tile(
-            width=D,
-            columns=E,
+        cut = tuned.linear_tile_for(
+            Key(op=tuned.LINEAR, width=D, columns=E, tokens=T, segments=segments),
             parts=len(parts),
-            itemsize=x_TD.dtype.itemsize,
             tile_rows=block_height(tiles.block_rows),
+            itemsize=x_TD.dtype.itemsize,
             device=_device(),
         )
         arrived, spare = counters or Counters.new()
@@ -191,7 +190,7 @@ def lora_matmul(
         case "triton":
             if tile is None:
                 tile = tuned.lora_tile_for(
-                    Key(op=tuned.OP, width=D, columns=E, tokens=T, segments=segments),
+                    Key(op=tuned.LORA, width=D, columns=E, tokens=T, segments=segments),
                     block_rows=block_height(tiles.block_rows),
                     itemsize=y_TE.dtype.itemsize,
                     device=_device(),

@@ -8,14 +8,20 @@ import dataclasses
 import math
 
 from pallas_kernels.lora_matmul.tiles import LoraTile, power_of_two, refusals
-from pallas_kernels.lora_matmul.tuned import ITEM_BYTES
+from pallas_kernels.lora_matmul.tuned import ITEM_BYTES, LINEAR, LORA
 from pallas_kernels.tuning.search import Ladders
 from pallas_kernels.tuning.shapes import LinearShape
 
-# Rows of a step, in the order of what matters most when there is little time, and the heights of
-# row tiles that may suit them. Steps of other sizes take the nearest. Few, as a search takes some
-# ten seconds, and a model has four products.
-HEIGHTS = {8: (16,), 32: (16, 32), 4096: (64, 128), 512: (32, 64), 1: (16,), 128: (16, 32)}
+# Which launches serve so many rows, and the heights of row tiles that may suit them, what matters
+# most first. Steps of other sizes take the nearest.
+STEPS = (
+    (LINEAR, 8, (16,)),
+    (LINEAR, 32, (16,)),
+    (LORA, 4096, (64, 128)),
+    (LORA, 512, (32, 64)),
+    (LINEAR, 1, (16,)),
+    (LORA, 128, (16, 32)),
+)
 REGISTERS = 255  # of a thread, at most
 # Addresses, masks and counters of a thread.
 SPARE_REGISTERS = 32
@@ -25,8 +31,9 @@ USUAL_RANKS = 128  # of an adapter in one linear, rarely more
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """One search: a product of linears, the rows of a step, a height of row tiles."""
+    """One search: an operator, a product of linears, the rows of a step, a height of row tiles."""
 
+    op: str
     linear: LinearShape
     tokens: int
     block_rows: int
@@ -37,7 +44,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        return f"lora/{self.linear.width}-{self.columns}/t{self.tokens}/h{self.block_rows}"
+        return f"{self.op}/{self.linear.width}-{self.columns}/t{self.tokens}/h{self.block_rows}"
 
     @property
     def row_tiles(self) -> int:

@@ -1,19 +1,60 @@
 """The search for the tiles of one shape: from the best guess downhill, into the device's table."""
 
-from collections.abc import Callable, Mapping, Sequence
+import collections
+import dataclasses
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
 
-from pallas_kernels.lora_matmul.candidates import Task, ladders, legal
-from pallas_kernels.lora_matmul.tiles import LoraTile
-from pallas_kernels.lora_matmul.tuned import OP, at_rows, computed_tile
-from pallas_kernels.tuning.search import Outcome, descend, mean_us
+from pallas_kernels.lora_matmul import candidates, candidates_linear
+from pallas_kernels.lora_matmul.candidates import STEPS, Task
+from pallas_kernels.lora_matmul.tiles_linear import LinearTile, linear_tile
+from pallas_kernels.lora_matmul.tuned import ITEM_BYTES, LINEAR, LORA, at_rows, computed_tile
+from pallas_kernels.tuning.search import Ladders, Outcome, descend, mean_us
 from pallas_kernels.tuning.table import Entry, Key, Segments, Skipped, Table
 
-type Measure = Callable[[Task, Sequence[LoraTile]], Mapping[LoraTile, Outcome]]
+# Heights of row tiles are compared for so many shapes, a model's; others get the winner alone.
+COMPARED_SHAPES = 4
+# How many adapters a step brings: not known, or one, as for images.
+ASKED_SEGMENTS: tuple[Segments, ...] = ("any", "few")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Space[Tile]:
+    """The tiles of an operator: where a search begins, and where it may go."""
+
+    start: Callable[[Task, str], Tile]
+    ladders: Callable[[Task], Ladders]
+    legal: Callable[[Tile, Task], bool]
+
+
+def _computed(task: Task, device: str):
+    return computed_tile(key_of(task), block_rows=task.block_rows, device=device)
+
+
+def _computed_linear(task: Task, device: str) -> LinearTile:
+    return linear_tile(
+        width=task.linear.width,
+        columns=task.columns,
+        parts=len(task.linear.columns),
+        itemsize=ITEM_BYTES,
+        tile_rows=task.block_rows,
+        device=device,
+    )
+
+
+SPACES: Mapping[str, Space[Any]] = {
+    LORA: Space(start=_computed, ladders=candidates.ladders, legal=candidates.legal),
+    LINEAR: Space(
+        start=_computed_linear,
+        ladders=candidates_linear.ladders,
+        legal=candidates_linear.legal,
+    ),
+}
 
 
 def key_of(task: Task, segments: Segments = "any") -> Key:
     return Key(
-        op=OP,
+        op=task.op,
         width=task.linear.width,
         columns=task.columns,
         tokens=task.tokens,
@@ -22,44 +63,64 @@ def key_of(task: Task, segments: Segments = "any") -> Key:
 
 
 def is_done(task: Task, table: Table) -> bool:
-    """Whether the table has what `search` would put there."""
-    return (key_of(task), task.block_rows) in table.entries
+    """Whether the table has what `search` would put there, or nobody would ask for it."""
+    return (key_of(task), task.block_rows) in table.entries or _height_lost(task, table)
 
 
-def search(task: Task, table: Table, measure: Measure) -> Mapping[LoraTile, Outcome]:
-    """Measures tiles; puts the best of each class of segments, and what failed, into the table.
+def _height_lost(task: Task, table: Table) -> bool:
+    """Whether so many rows have better row tiles, whatever linear they are multiplied by."""
+    heights = next(heights for op, rows, heights in STEPS if (op, rows) == (task.op, task.tokens))
+    measured = collections.Counter(
+        (key.width, key.columns)
+        for key, _ in table.entries
+        if (key.op, key.tokens, key.segments) == (task.op, task.tokens, "any")
+    )
+    if list(measured.values()).count(len(heights)) < COMPARED_SHAPES:
+        return False
+    best = {
+        table.height(task.op, tokens=task.tokens, segments=segments) for segments in ASKED_SEGMENTS
+    }
+    return task.block_rows not in best
+
+
+def search(
+    task: Task, table: Table
+) -> Generator[Sequence[Any], Mapping[Any, Outcome], Mapping[Any, Outcome]]:
+    """Puts the best tile of each class of segments, and what failed, into the table.
 
     "any" is the tile of the least geometric mean of the classes' times: no class pays much for
     another. Classes that so few rows cannot have are left out.
 
+    Yields:
+      Tiles to be measured; it is sent what they took.
+
     Returns:
       What each tile took; nothing if all starting points have failed before.
     """
-    failed = {s.tile for s in table.skipped if s.key == key_of(task)}
-    entry = table.nearest(key_of(task), height=task.block_rows)
-    guesses = [computed_tile(key_of(task), block_rows=task.block_rows, device=table.device)]
-    if entry is not None:
+    space, key = SPACES[task.op], key_of(task)
+    failed = {s.tile for s in table.skipped if s.key == key}
+
+    def legal(tile) -> bool:
+        return space.legal(tile, task) and tile not in failed
+
+    guesses = [space.start(task, table.device)]
+    if (entry := table.nearest(key, height=task.block_rows)) is not None:
         guesses.insert(0, at_rows(entry, task.tokens))
-    start = next((tile for tile in guesses if tile not in failed), None)
+    start = next(filter(legal, guesses), None)
     if start is None:
         return {}
-    outcomes = descend(
-        start,
-        ladders=ladders(task),
-        legal=lambda tile: legal(tile, task) and tile not in failed,
-        measure=lambda tiles: measure(task, tiles),
-    )
+    outcomes = yield from descend(start, ladders=space.ladders(task), legal=legal)
     for tile, outcome in outcomes.items():
         if isinstance(outcome, str):
-            table.skipped.append(Skipped(key=key_of(task), tile=tile, reason=outcome))
+            table.skipped.append(Skipped(key=key, tile=tile, reason=outcome))
     timed = {tile: us for tile, us in outcomes.items() if not isinstance(us, str)}
     if timed:
         _add_best(task, table, timed)
     return outcomes
 
 
-def _add_best(task: Task, table: Table, timed: Mapping[LoraTile, Mapping[Segments, float]]) -> None:
-    us_of: dict[Segments, dict[LoraTile, float]] = {
+def _add_best(task: Task, table: Table, timed: Mapping[Any, Mapping[Segments, float]]) -> None:
+    us_of: dict[Segments, dict[Any, float]] = {
         segments: {tile: us[segments] for tile, us in timed.items()}
         for segments in next(iter(timed.values()))
     }

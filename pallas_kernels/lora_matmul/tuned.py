@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
-from pallas_kernels.lora_matmul import tiles
+from pallas_kernels.lora_matmul import tiles, tiles_linear
 from pallas_kernels.lora_matmul.tiles import LoraTile, fitted, lora_tile, refusals
+from pallas_kernels.lora_matmul.tiles_linear import MAX_ROWS, LinearTile, linear_tile
 from pallas_kernels.tuning.table import Entry, Key, Segments, Table, TileKind, path_of
 
-OP = "lora"
+LORA, LINEAR = "lora", "linear"  # operators: shrink and expand, and all of a product in one launch
 ITEM_BYTES = 2  # tiles are measured in bfloat16, and serve float16
 
 
@@ -16,12 +18,22 @@ def _height(tile: LoraTile) -> int:
     return tile.block_rows
 
 
-KINDS = {
-    OP: TileKind(
+def _linear_height(tile: LinearTile) -> int:
+    return tile.tile_rows
+
+
+def linear_refusals(tile: LinearTile) -> list[str]:
+    """Rules that a tile breaks at some number of rows: a neighbour's entry serves any."""
+    return tiles_linear.refusals(tile, rows=MAX_ROWS, itemsize=ITEM_BYTES)
+
+
+KINDS: dict[str, TileKind] = {
+    LORA: TileKind(
         type=LoraTile,
         height=_height,
         refusals=functools.partial(refusals, itemsize=ITEM_BYTES),
-    )
+    ),
+    LINEAR: TileKind(type=LinearTile, height=_linear_height, refusals=linear_refusals),
 }
 
 
@@ -38,7 +50,8 @@ def table(device: str) -> Table | None:
 
 def block_rows(rows: int, *, segments: Segments, device: str) -> int:
     """Returns the height of row tiles for a step of so many rows."""
-    height = known.height(OP, tokens=rows, segments=segments) if (known := table(device)) else None
+    op = LINEAR if rows <= MAX_ROWS else LORA
+    height = known.height(op, tokens=rows, segments=segments) if (known := table(device)) else None
     return height or tiles.block_rows(rows)
 
 
@@ -51,11 +64,31 @@ def lora_tile_for(key: Key, *, block_rows: int, itemsize: int, device: str) -> L
       itemsize: bytes of an element of x and y; nothing was measured for 4.
       device: `jax.Device.device_kind`.
     """
-    if itemsize == ITEM_BYTES and (known := table(device)) is not None:
-        entry = known.nearest(key, height=block_rows)
-        if entry is not None:
-            return at_rows(entry, key.tokens)
-    return computed_tile(key, block_rows=block_rows, itemsize=itemsize, device=device)
+    measured = _measured(key, height=block_rows, itemsize=itemsize, device=device)
+    return measured or computed_tile(key, block_rows=block_rows, itemsize=itemsize, device=device)
+
+
+def linear_tile_for(
+    key: Key, *, parts: int, tile_rows: int, itemsize: int, device: str
+) -> LinearTile:
+    """Returns the tile for a shape of so many parts; see `lora_tile_for`."""
+    measured = _measured(key, height=tile_rows, itemsize=itemsize, device=device)
+    return measured or linear_tile(
+        width=key.width,
+        columns=key.columns,
+        parts=parts,
+        itemsize=itemsize,
+        tile_rows=tile_rows,
+        device=device,
+    )
+
+
+def _measured(key: Key, *, height: int, itemsize: int, device: str) -> Any:
+    """The tile of the nearest entry, or None."""
+    if itemsize != ITEM_BYTES or (known := table(device)) is None:
+        return None
+    entry = known.nearest(key, height=height)
+    return None if entry is None else at_rows(entry, key.tokens)
 
 
 def computed_tile(
@@ -79,7 +112,7 @@ def computed_tile(
     return fitted(tile, itemsize=itemsize)
 
 
-def at_rows(entry: Entry[LoraTile], rows: int) -> LoraTile:
+def at_rows[Tile: (LoraTile, LinearTile)](entry: Entry[Tile], rows: int) -> Tile:
     """The tile of an entry for another number of rows, to which `row_programs` is proportional."""
     programs = math.ceil(entry.tile.row_programs * rows / entry.key.tokens)
     return dataclasses.replace(entry.tile, row_programs=programs)

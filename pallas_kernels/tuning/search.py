@@ -6,8 +6,9 @@ one number in order; its name is the path to it, as in "shrink.block_k".
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from pallas_kernels.tuning.table import Segments
@@ -15,6 +16,8 @@ from pallas_kernels.tuning.table import Segments
 MAX_ROUNDS = 5
 # A gain below this is noise: it would only lengthen the search.
 LEAST_GAIN = 0.02
+# A step that takes so many times as long is not worth a second look when other numbers change.
+CLEAR_LOSS = 1.05
 
 type Ladders = Mapping[str, Sequence[int]]
 # Microseconds of a call by class of segments, or why there are none.
@@ -62,45 +65,55 @@ def mean_us(outcome: Outcome) -> float:
 
 
 def descend[Tile](
-    start: Tile,
-    *,
-    ladders: Ladders,
-    legal: Callable[[Tile], bool],
-    measure: Callable[[Sequence[Tile]], Mapping[Tile, Outcome]],
-) -> dict[Tile, Outcome]:
-    """Measures tiles round by round, each around the best so far, until none gains any more.
+    start: Tile, *, ladders: Ladders, legal: Callable[[Tile], bool]
+) -> Generator[list[Tile], Mapping[Tile, Outcome], dict[Tile, Outcome]]:
+    """Goes downhill round by round, each around the best so far, until none gains any more.
 
-    Two launches add up to a call, and most numbers change one of them alone. So a round takes the
-    best steps of all paths together, too.
+    Most numbers change what others take but little. So a round goes on from the best steps of all
+    numbers together, and leaves numbers alone whose steps lost clearly.
 
     Args:
       start: a legal tile.
       ladders: rungs of each path in ascending order; a path without any keeps its number.
       legal: whether a tile is worth being compiled.
-      measure: compiles and times tiles; may leave some out when time is up.
+
+    Yields:
+      The tiles of a round, to be measured; it is sent what they took, and may miss some.
 
     Returns:
       What each measured tile took.
     """
-    outcomes = dict(measure([start]))
-    best = start
+    outcomes: dict[Tile, Outcome] = {}
+    centre, least_us = start, math.inf
+    settled: set[str] = set()
     for _ in range(MAX_ROUNDS):
-        near = neighbours(best, ladders, legal)
-        new = [tile for tiles in near.values() for tile in tiles if tile not in outcomes]
-        outcomes |= measure(new)
+        near = neighbours(centre, ladders, legal)
+        near = {path: tiles for path, tiles in near.items() if tiles and path not in settled}
+        around = itertools.chain([centre], *near.values())
+        new = [tile for tile in dict.fromkeys(around) if tile not in outcomes]
+        outcomes |= (yield new) if new else {}
         us = functools.partial(_us, outcomes)
-        steps = {path: min(tiles, key=us, default=best) for path, tiles in near.items()}
-        together = best
-        for path, step in steps.items():
-            if us(step) < us(best):
-                together = replaced(together, path, dict(paths(step))[path])
-        if together not in outcomes and legal(together):
-            outcomes |= measure([together])
-        first = min(outcomes, key=us)
-        if not us(first) < (1 - LEAST_GAIN) * us(best):
+        best = min([centre, *outcomes], key=us)
+        if us(best) < (1 - LEAST_GAIN) * least_us:
+            least_us = us(best)
+            steps = {path: min(tiles, key=us) for path, tiles in near.items()}
+            settled |= {path for path, step in steps.items() if us(step) > CLEAR_LOSS * us(centre)}
+            together = _together(centre, steps, us)
+            centre = together if legal(together) and together not in outcomes else best
+        elif centre == best:
             break
-        best = first
+        else:  # all steps together were one too many
+            centre = best
     return outcomes
+
+
+def _together[Tile](centre: Tile, steps: Mapping[str, Tile], us: Callable[[Tile], float]) -> Tile:
+    """The centre with every step that gains."""
+    together = centre
+    for path, step in steps.items():
+        if us(step) < us(centre):
+            together = replaced(together, path, dict(paths(step))[path])
+    return together
 
 
 def _us(outcomes: Mapping, tile: Any) -> float:

@@ -23,9 +23,9 @@ TOKENS = 12
 TOLERANCE = 0.6
 
 
-@pytest.fixture
-def folder(tmp_path):
-    folder = tmp_path / "head-width-64"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "head-width-64"
     shutil.copytree(GOLDENS / "checkpoints" / "llava15-tiny", folder)
     config = json.loads((folder / "config.json").read_text())
     config["text_config"] |= HEADS
@@ -63,11 +63,16 @@ def run(folder, dtype: str) -> Run:
     )
 
 
+@pytest.fixture(scope="module")
+def want(folder):
+    return run(folder, "float32")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "auto"])
-def test_bfloat16_agrees_with_float32_but_for_close_calls(folder, dtype, monkeypatch):
+def test_bfloat16_agrees_with_float32_but_for_close_calls(folder, want, dtype, monkeypatch):
     # On a CPU "auto" is both: prompts and decodes of several rows in bfloat16, of one in float32.
     monkeypatch.setattr(precision, "bfloat16_gain", lambda rows: 2.0)
-    want, got = run(folder, "float32"), run(folder, dtype)
+    got = run(folder, dtype)
     np.testing.assert_allclose(got.logits_TV, want.logits_TV, rtol=0, atol=TOLERANCE)
     compared = 0
     for said, wanted, leads in zip(got.tokens, want.tokens, want.leads, strict=True):

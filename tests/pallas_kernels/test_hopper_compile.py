@@ -1,4 +1,4 @@
-"""Computed tiles compile for an H100 that is not there; needs the packages of the `cuda13` extra.
+"""Tiles compile for an H100 that is not there; needs the packages of the `cuda13` extra.
 
 The CUDA plugin compiles for a described device as it does for a real one, ptxas included, but
 without trying which way is fastest. Where it is not installed, the lowering tests remain.
@@ -17,6 +17,7 @@ from pallas_kernels import lora_matmul as op
 from pallas_kernels.lora_matmul import api, tiles, tiles_linear, triton_linear
 from pallas_kernels.lora_merge import lora_merge
 from tests.pallas_kernels.test_lora_lowering import LINEARS, columns_of, pool_shapes
+from tests.pallas_kernels.test_tuned_tables import call_of, tiles_to_lower
 
 # What XLA asks of a device, from a real one.
 H100 = """
@@ -130,3 +131,9 @@ def test_a_merge(compiled, width, widths):
         return fill(merged_DE, base_DE, parts)
 
     assert "lora_merge" in compiled(merge, w_DE, w_DE, pools).as_text()
+
+
+def test_tiles_of_tables(compiled):
+    for tile in tiles_to_lower():
+        fn, shapes = call_of(tile)
+        assert "lora_" in compiled(fn, *shapes).as_text()

@@ -10,21 +10,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels import lora_matmul as op
-from pallas_kernels.lora_matmul import candidates, tiles, triton, tuned, xla
-from pallas_kernels.lora_matmul.candidates import Task, ladders, legal, registers
-from pallas_kernels.lora_matmul.tune import key_of
+from pallas_kernels.lora_matmul import (
+    candidates,
+    candidates_linear,
+    tiles,
+    tiles_linear,
+    triton,
+    triton_linear,
+    tuned,
+    xla,
+)
+from pallas_kernels.lora_matmul.candidates import Task, legal, registers
+from pallas_kernels.lora_matmul.tune import SPACES
 from pallas_kernels.tuning import table as tuning_table
 from pallas_kernels.tuning.run import tasks
-from pallas_kernels.tuning.search import neighbours, paths
+from pallas_kernels.tuning.search import neighbours, paths, replaced
 from pallas_kernels.tuning.table import Entry, Key, Table, TableError, path_of
 from valora_jax.lora.batch import LoraBatch
 
 DEVICE = "NVIDIA H100 80GB HBM3"
 TASKS = tasks([])
+TALL = next(task for task in TASKS if task.tokens == 4096)
 
 
-def key(tokens: int, *, columns=4096, segments="any") -> Key:
-    return Key(op="lora", width=4096, columns=columns, tokens=tokens, segments=segments)
+def key(tokens: int, *, op="lora", columns=4096, segments="any") -> Key:
+    return Key(op=op, width=4096, columns=columns, tokens=tokens, segments=segments)
 
 
 def entry(of: Key, *, height: int, us=10.0, **changes) -> Entry:
@@ -41,11 +51,27 @@ def device(monkeypatch, tmp_path):
     tuned.table.cache_clear()
 
 
+def linear_entry(of: Key, *, us=10.0, **changes) -> Entry:
+    tile = tiles_linear.linear_tile(width=of.width, columns=of.columns, parts=1, itemsize=2)
+    return Entry(key=of, tile=dataclasses.replace(tile, **changes), us=us)
+
+
 def ship(device: str, *entries: Entry) -> None:
     table = Table(device=device, jax="0.11.2", kinds=tuned.KINDS)
     for one in entries:
         table.add(one)
     table.write(path_of(device))
+
+
+def parts(dtype) -> list[op.Part]:
+    pool = op.LoraPool(
+        a_RD=jnp.zeros((16, 4096), dtype),
+        b_RE=jnp.zeros((16, 4096), dtype),
+        scale_LS=jnp.ones((1, 1)),
+        page_SW=jnp.zeros((1, 1), jnp.int32),
+        pages_S=jnp.ones(1, jnp.int32),
+    )
+    return [op.Part(pool=pool, column=0)]
 
 
 def tile_of_call(monkeypatch, *, rows: int, dtype=jnp.bfloat16, block_rows=16, **choice):
@@ -57,22 +83,34 @@ def tile_of_call(monkeypatch, *, rows: int, dtype=jnp.bfloat16, block_rows=16, *
         return 0
 
     monkeypatch.setattr(triton, "lora_update", kernel)
-    pool = op.LoraPool(
-        a_RD=jnp.zeros((16, 4096), dtype),
-        b_RE=jnp.zeros((16, 4096), dtype),
-        scale_LS=jnp.ones((1, 1)),
-        page_SW=jnp.zeros((1, 1), jnp.int32),
-        pages_S=jnp.ones(1, jnp.int32),
-    )
-    rows_T = jnp.zeros(rows, jnp.int32)
     op.lora_matmul(
         jnp.zeros((rows, 4096), dtype),
         jnp.zeros((rows, 4096), dtype),
-        [op.Part(pool=pool, column=0)],
-        tiles=op.RowTiles.of(rows_T, block_rows=block_rows),
+        parts(dtype),
+        tiles=op.RowTiles.of(jnp.zeros(rows, jnp.int32), block_rows=block_rows),
         layer=0,
         implementation="triton",
         **choice,
+    )
+    return given[0]
+
+
+def linear_tile_of_call(monkeypatch, *, rows: int, dtype=jnp.bfloat16):
+    """The tile with which `lora_linear` calls its kernel, for 4096 -> 4096."""
+    given = []
+
+    def kernel(x_TD, w_DE, pools, row_tiles, layer, *counters, cut, **keywords):
+        given.append(cut)
+        return x_TD, *counters
+
+    monkeypatch.setattr(triton_linear, "lora_linear", kernel)
+    op.lora_linear(
+        jnp.zeros((rows, 4096), dtype),
+        jnp.zeros((4096, 4096), dtype),
+        parts(dtype),
+        tiles=op.RowTiles.of(jnp.zeros(rows, jnp.int32), block_rows=16),
+        layer=0,
+        implementation="triton",
     )
     return given[0]
 
@@ -90,6 +128,16 @@ def test_programs_along_the_rows_follow_the_rows(device, monkeypatch):
     ship(device, entry(key(32), height=16, row_programs=8))
     assert tile_of_call(monkeypatch, rows=48).row_programs == 12
     assert tile_of_call(monkeypatch, rows=1).row_programs == 1
+
+
+def test_a_small_step_takes_the_tile_of_one_launch(device, monkeypatch):
+    measured = linear_entry(key(8, op="linear"), row_programs=3, block_columns=32)
+    ship(device, measured, entry(key(8), height=16))
+    assert linear_tile_of_call(monkeypatch, rows=8) == measured.tile
+    assert linear_tile_of_call(monkeypatch, rows=32).row_programs == 12
+    computed = tiles_linear.linear_tile(width=4096, columns=4096, parts=1, itemsize=4)
+    assert linear_tile_of_call(monkeypatch, rows=8, dtype=jnp.float32) == computed
+    assert linear_tile_of_call(monkeypatch, rows=8) == measured.tile
 
 
 @pytest.mark.parametrize("call", [dict(dtype=jnp.float32), dict(block_rows=32)])
@@ -159,46 +207,49 @@ def test_computed_tiles_are_legal_at_every_height(block_rows, itemsize):
 
 @pytest.mark.parametrize("task", TASKS[::7], ids=lambda task: task.name)
 def test_a_search_begins_with_a_tile_that_it_would_accept_and_has_somewhere_to_go(task):
-    start = tuned.computed_tile(key_of(task), block_rows=task.block_rows, device=DEVICE)
-    assert legal(start, task)
-    found = neighbours(start, ladders(task), lambda tile: legal(tile, task))
+    space = SPACES[task.op]
+    start = space.start(task, DEVICE)
+    assert space.legal(start, task)
+    found = neighbours(start, space.ladders(task), lambda tile: space.legal(tile, task))
     assert sum(map(len, found.values())) >= 8
 
 
-def test_every_number_of_a_tile_is_searched_but_for_the_height():
-    tile = tuned.computed_tile(key(8), block_rows=16, device=DEVICE)
-    assert {path for path, _ in paths(tile)} - {"block_rows"} == ladders(TASKS[0]).keys()
+@pytest.mark.parametrize("op", SPACES)
+def test_every_number_of_a_tile_is_searched_but_for_the_height(op):
+    task = next(task for task in TASKS if task.op == op)
+    names = {path for path, _ in paths(SPACES[op].start(task, DEVICE))}
+    assert names - SPACES[op].ladders(task).keys() <= {"block_rows", "tile_rows"}
+    assert SPACES[op].ladders(task).keys() < names
 
 
 def any_tile(task: Task):
     """Tiles of any rungs."""
 
     def tile_of(numbers):
-        def cut(kind, name):
-            fields = {p.removeprefix(name): n for p, n in numbers.items() if p.startswith(name)}
-            return kind(**fields)
+        tile = SPACES[task.op].start(task, DEVICE)
+        for path, number in numbers.items():
+            tile = replaced(tile, path, number)
+        return tile
 
-        return tiles.LoraTile(
-            block_rows=task.block_rows,
-            row_programs=numbers["row_programs"],
-            shrink=cut(tiles.ShrinkTile, "shrink."),
-            expand=cut(tiles.ExpandTile, "expand."),
-        )
-
-    rungs = {path: st.sampled_from(list(rung)) for path, rung in ladders(task).items()}
-    return st.fixed_dictionaries(rungs).map(tile_of)
+    rungs = SPACES[task.op].ladders(task).items()
+    choices = {path: st.sampled_from(list(numbers)) for path, numbers in rungs}
+    return st.fixed_dictionaries(choices).map(tile_of)
 
 
 @given(st.sampled_from(TASKS).flatmap(lambda task: st.tuples(st.just(task), any_tile(task))))
 def test_what_is_compiled_fits_the_device_and_the_shape(case):
     task, tile = case
-    if not legal(tile, task):
+    if not SPACES[task.op].legal(tile, task):
         return
-    assert tiles.refusals(tile, itemsize=2) == []
-    assert max(registers(tile).values()) <= candidates.REGISTERS
+    assert tuned.KINDS[task.op].refusals(tile) == []
     assert tile.shrink.block_k < 2 * task.linear.width
-    assert tile.expand.block_columns < 2 * max(task.linear.columns)
     assert tile.row_programs < 2 * (task.row_tiles + candidates.MOST_SEGMENTS)
+    if isinstance(tile, tiles.LoraTile):
+        assert max(registers(tile).values()) <= candidates.REGISTERS
+        assert tile.expand.block_columns < 2 * max(task.linear.columns)
+    else:
+        assert candidates_linear.registers(tile, rows=task.tokens) <= candidates.REGISTERS
+        assert tile.block_columns < 2 * max(task.linear.columns)
 
 
 def test_registers_are_counted_by_thread():
@@ -208,4 +259,4 @@ def test_registers_are_counted_by_thread():
     )
     # 128 x 256 sums, and as many to be stored, by 128 threads.
     assert registers(wide)["expand"] == 2 * 256 + candidates.SPARE_REGISTERS
-    assert not legal(wide, dataclasses.replace(TASKS[0], tokens=4096, block_rows=128))
+    assert not legal(wide, dataclasses.replace(TALL, block_rows=128))

@@ -1,9 +1,11 @@
-"""The tables in the package: whole, and every tile in them lowers for a GPU."""
+"""The tables in the package: whole, and their tiles lower for a GPU.
 
-import dataclasses
-import itertools
+All of them were compiled where they were measured. Here it is some, in which every number of a
+table is.
+"""
+
+import functools
 import json
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +13,18 @@ import pytest
 
 from pallas_kernels import lora_matmul as op
 from pallas_kernels.lora_matmul import tuned
+from pallas_kernels.lora_matmul.candidates import Task
+from pallas_kernels.lora_matmul.measure import RUNS
 from pallas_kernels.lora_matmul.tiles import LoraTile
+from pallas_kernels.lora_matmul.tune import SPACES
 from pallas_kernels.tuning import table as tuning_table
-from pallas_kernels.tuning.table import Key, Table, path_of
+from pallas_kernels.tuning.search import paths
+from pallas_kernels.tuning.shapes import LinearShape
+from pallas_kernels.tuning.table import Table, path_of
 from tests.pallas_kernels.hopper import launches, lower_for_hopper
 
 PARTS = 4  # of the test, for those who run tests side by side
+SHAPE = LinearShape(width=4096, columns=(4096,))
 
 
 def tables() -> list[Table]:
@@ -28,33 +36,40 @@ def tables() -> list[Table]:
     return found
 
 
-def tiles_to_lower() -> list[LoraTile]:
-    """Tiles in which every kernel of the tables is: both launches' cuts, each once.
+def tiles_to_lower() -> list:
+    """Tiles of all tables, each with a number that those before it have not.
 
-    And a computed one, for the test to have one.
+    And computed ones, for the test to have some.
     """
-    computed = tuned.computed_tile(
-        Key(op="lora", width=4096, columns=4096, tokens=8, segments="any"),
-        block_rows=16,
-        device="",
+    tasks = (Task(op=op, linear=SHAPE, tokens=8, block_rows=16) for op in SPACES)
+    found = [SPACES[task.op].start(task, "") for task in tasks]
+    known = {(type(tile), *number) for tile in found for number in paths(tile)}
+    for tile in (entry.tile for table in tables() for _, entry in sorted(table.entries.items())):
+        numbers = {(type(tile), *n) for n in paths(tile) if n[0] != "row_programs"}
+        if not numbers <= known:
+            found.append(tile)
+            known |= numbers
+    return found
+
+
+def call_of(tile):
+    """A function that launches a tile's kernels for one linear, and the shapes of its arrays."""
+    is_pair, (width, (columns,)), T = isinstance(tile, LoraTile), SHAPE, 32
+    pool = op.LoraPool(
+        a_RD=shape(1024, width),
+        b_RE=shape(1024, columns),
+        scale_LS=shape(1, 32, dtype=jnp.float32),
+        page_SW=shape(32, 8, dtype=jnp.int32),
+        pages_S=shape(32, dtype=jnp.int32),
     )
-    of_tables = [entry.tile for table in tables() for entry in table.entries.values()]
-    by_height: dict[tuple[int, int], tuple[dict, dict]] = {}
-    for tile in [computed, *of_tables]:
-        # The expand adds up the sums of the splits, so it is another kernel for each number.
-        shrinks, expands = by_height.setdefault((tile.block_rows, tile.shrink.splits), ({}, {}))
-        shrinks[tile.shrink], expands[tile.expand] = tile, tile
-    return [
-        dataclasses.replace(shrink, expand=expand.expand)
-        for shrinks, expands in by_height.values()
-        for shrink, expand in _pairs(list(shrinks.values()), list(expands.values()))
-    ]
-
-
-def _pairs(a: list, b: list):
-    """Every one of both, in as few pairs as that takes."""
-    longest = max(len(a), len(b))
-    return zip(*(itertools.islice(itertools.cycle(x), longest) for x in (a, b)), strict=True)
+    weights = () if is_pair else (shape(width, columns),)
+    height = tile.block_rows if is_pair else tile.tile_rows
+    row_tiles = jax.eval_shape(
+        lambda slot_T: op.RowTiles.of(slot_T, block_rows=height), shape(T, dtype=jnp.int32)
+    )
+    run = RUNS[tuned.LORA if is_pair else tuned.LINEAR]
+    call = functools.partial(run, tile=tile, columns=(0,), calls=1)
+    return call, (shape(T, width), weights, (pool,), row_tiles)
 
 
 def shape(*size: int, dtype=jnp.bfloat16):
@@ -62,31 +77,7 @@ def shape(*size: int, dtype=jnp.bfloat16):
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_every_tile_lowers(part):
-    pool = op.LoraPool(
-        a_RD=shape(1024, 4096),
-        b_RE=shape(1024, 4096),
-        scale_LS=shape(1, 32, dtype=jnp.float32),
-        page_SW=shape(32, 8, dtype=jnp.int32),
-        pages_S=shape(32, dtype=jnp.int32),
-    )
-    for tile in tiles_to_lower():
-        if zlib.crc32(str(tile).encode()) % PARTS != part:
-            continue
-
-        def add(y_TE, x_TD, pool, adapter_T, tile=tile):
-            return op.lora_matmul(
-                y_TE,
-                x_TD,
-                [op.Part(pool=pool, column=0)],
-                tiles=op.RowTiles.of(adapter_T, block_rows=tile.block_rows),
-                layer=0,
-                implementation="triton",
-                tile=tile,
-            )
-
-        T = tile.row_programs
-        text = lower_for_hopper(
-            add, shape(T, 4096), shape(T, 4096), pool, shape(T, dtype=jnp.int32)
-        )
-        assert launches(text) == 2
+def test_tiles_lower(part):
+    for tile in tiles_to_lower()[part::PARTS]:
+        fn, shapes = call_of(tile)
+        assert launches(lower_for_hopper(fn, *shapes)) == (2 if isinstance(tile, LoraTile) else 1)

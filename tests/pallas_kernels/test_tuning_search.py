@@ -1,6 +1,7 @@
 """The descent over tiles: what it measures, and that it finds what is to be found."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -39,6 +40,16 @@ TILES = st.builds(
 
 def anything(tile) -> bool:
     return True
+
+
+def search(start: Tile, *, legal, measure) -> dict:
+    """Sends a descent what a function says of its tiles."""
+    rounds, outcomes = descend(start, ladders=LADDERS, legal=legal), None
+    while True:
+        try:
+            outcomes = measure(rounds.send(outcomes))
+        except StopIteration as end:
+            return end.value
 
 
 def distance(a: Tile, b: Tile) -> float:
@@ -83,7 +94,7 @@ def test_the_descent_measures_only_legal_tiles_each_once_and_never_loses(start, 
         measured.extend(tiles)
         return {tile: {"few": 10 + distance(tile, goal)} for tile in tiles}
 
-    outcomes = descend(start, ladders=LADDERS, legal=legal, measure=measure)
+    outcomes = search(start, legal=legal, measure=measure)
     assert len(measured) == len(set(measured)) == len(outcomes)
     assert all(map(legal, measured[1:]))
     assert min(map(mean_us, outcomes.values())) <= mean_us(outcomes[start])
@@ -92,13 +103,39 @@ def test_the_descent_measures_only_legal_tiles_each_once_and_never_loses(start, 
         assert len(outcomes) <= 1 + MAX_ROUNDS * (2 * len(LADDERS) + 1)
 
 
+def test_a_number_whose_steps_lost_clearly_is_not_tried_again():
+    goal, rounds = Tile(rows=16, cut=Cut(block=1, stages=4)), []
+
+    def measure(tiles):
+        rounds.append(tiles)
+        return {tile: {"few": 1 + distance(tile, goal)} for tile in tiles}
+
+    search(Tile(rows=1, cut=Cut(block=1, stages=4)), legal=anything, measure=measure)
+    assert {tile.cut.stages for tile in rounds[0]} == {2, 4, 8}
+    assert {tile.cut.stages for tile in itertools.chain(*rounds[1:])} == {4}
+
+
+def test_when_all_steps_together_lose_the_best_alone_is_gone_on_from():
+    start = Tile(rows=1, cut=Cut(block=1, stages=1))
+
+    def measure(tiles):
+        us = {tile: 10.0 - tile.rows - tile.cut.block / 2 for tile in tiles}
+        return {t: {"few": 20.0 if t.rows * t.cut.block > 3 else us[t]} for t in tiles}
+
+    outcomes = search(start, legal=lambda tile: tile.rows < 4, measure=measure)
+    assert Tile(rows=2, cut=Cut(block=2, stages=1)) in outcomes
+    assert min(map(mean_us, outcomes.values())) == mean_us(
+        outcomes[Tile(rows=2, cut=Cut(block=1, stages=1))]
+    )
+
+
 def test_failures_are_left_behind():
     start = Tile(rows=1, cut=Cut(block=1, stages=1))
 
     def measure(tiles):
         return {t: "spills" if t.rows > 1 else {"few": 8 / t.cut.block} for t in tiles}
 
-    outcomes = descend(start, ladders=LADDERS, legal=anything, measure=measure)
+    outcomes = search(start, legal=anything, measure=measure)
     best = min(outcomes, key=lambda tile: mean_us(outcomes[tile]))
     assert (best.rows, best.cut.block) == (1, 16)
     assert "spills" in outcomes.values()
@@ -110,7 +147,7 @@ def test_a_search_may_begin_with_a_failure():
     def measure(tiles):
         return {tile: "spills" if tile == start else {"few": 1.0} for tile in tiles}
 
-    outcomes = descend(start, ladders=LADDERS, legal=anything, measure=measure)
+    outcomes = search(start, legal=anything, measure=measure)
     assert min(map(mean_us, outcomes.values())) == 1
 
 

@@ -16,6 +16,7 @@ ROUND = Device(
         decode_ms=0.0,
         prompt_token_ms=0.1,
         lora_ms=5.0,
+        prompt_lora_ms=0.0,
         page_ms=0.0,
         token_page_ms=0.0,
     ),

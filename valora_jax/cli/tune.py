@@ -14,7 +14,7 @@ class Tune:
     output: Path | None = None
     """The table to fill; None is the installed package's own, which the kernels read."""
     only: str = ""
-    """A regular expression in the names of searches, such as lora/4096-12288/t8/h16."""
+    """A regular expression in the names of searches, such as lora/4096-12288/t512/h64."""
     minutes: float = 25.0
     """No search begins after so many."""
 

@@ -1,14 +1,14 @@
 """What steps and merges cost on this device, learnt while serving.
 
 A step's time is close to linear in what it does: a fixed part for reading the weights, one for each
-decoding request, one for each prompt token; with LoRA a fixed part again, one for each rank page
+decoding request, one for each prompt token; with LoRA fixed parts again, one for each rank page
 that is read and one for each token that meets a rank page. `StepCosts` starts from the figures of
-one device and follows those of its own; what the line misses it corrects for each mode and bucket.
+one device and follows those of its own; what the line misses it corrects for each compiled shape.
 """
 
 import dataclasses
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from valora_jax.lora.mode import Mode
 
@@ -35,8 +35,17 @@ class StepLoad:
 
     def features(self) -> tuple[float, ...]:
         """As many as `StepTimes` has fields, in their order."""
-        lora = 1.0 if self.pages else 0.0
-        return (1.0, self.decodes, self.prompt_tokens, lora, self.pages, self.token_pages)
+        lora = self.pages > 0
+        return (
+            1.0,
+            self.decodes,
+            self.prompt_tokens,
+            float(lora),
+            float(lora and self.prompt_tokens > 0),
+            self.pages,
+            self.token_pages,
+            float(self.mode is Mode.MIXTURE),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,17 +53,19 @@ class StepTimes:
     """Milliseconds of a step: one term for each of `StepLoad.features`.
 
     The defaults are LLaVA-1.5-7B in bfloat16 on an H100 (docs/performance.md): steps of 8 and 32
-    decodes of 800 tokens take 6.2 and 10 ms, a first token 20 ms; rank-64 adapters (4 pages) add
-    0.44 ms when all share one, 1.2 and 4.2 ms when 8 and 32 requests bring one each, and about a
-    sixth to prompts.
+    decodes of 800 tokens take 6.2 and 10 ms, a first token 16.2 ms; rank-64 adapters (4 pages) add
+    0.44 ms when all share one, 1.2 and 4.2 ms when 8 and 32 requests bring one each, 3 ms to steps
+    with prompts, and a mixture takes 0.44 ms more than an unmerged step that reads as many pages.
     """
 
     step_ms: float = 4.93
     decode_ms: float = 0.158
-    prompt_token_ms: float = 0.0233
+    prompt_token_ms: float = 0.0176
     lora_ms: float = 0.32
+    prompt_lora_ms: float = 2.0
     page_ms: float = 0.029
-    token_page_ms: float = 0.001
+    token_page_ms: float = 0.0002
+    mixture_ms: float = 0.44
 
     def of(self, load: StepLoad) -> float:
         """Milliseconds of a step."""
@@ -62,23 +73,92 @@ class StepTimes:
 
 
 _BASE_TERMS = 3  # the first ones; the others are LoRA's
-# On another device any term may be as large as all of a step here.
-_USUAL_FEATURES = (1, 16, 640, 1, 32, 2560)
+# On another device a term of the base may be as large as some steps here, and one of LoRA's as a
+# part of one: where all steps use LoRA they do not tell its share from the base's.
+_USUAL_FEATURES = (1, 16, 640, 1, 1, 32, 2560, 1)
+_DEVIATIONS = (*[3.0] * _BASE_TERMS, *[1.0] * 4, 0.3)  # in steps
+# What the line misses in one compiled shape: factors of the base, of LoRA, and of LoRA once more in
+# a mixture; and how far off these may be.
+_FACTORS = (1.0, 1.0, 0.0)
+_FACTOR_DEVIATIONS = (0.15, 0.3, 0.3)
+# Shares of what is known of each that go with a step.
+_FORGETS = (*[1e-4] * 3, *[1e-5] * 4, 2e-3)
+_FACTORS_FORGET = (0.02, 0.02, 0.02)
 # One slow step, of a collected garbage or a busy host, says little about the next.
-_LARGEST_SURPRISE = 0.5
+_LARGEST_SURPRISE = 0.1
 _UNLIMITED_STEPS = 50  # as many at the start, when the first guess may be of another device
 _NOISE = 0.05  # of a step's time
-_DRIFT = 1e-4  # share of the first variances that returns with every step
-_RATIO_RATE = 0.1
-_RATIO_FADES_STEPS = 1000
+# Of the guess. Steps that all use LoRA may hide what it takes, and would be all there ever are.
+_LEAST_LORA = 0.3
+_BENDS = 3.0  # how much less reliable a shape off the line is, in units of the distance
+
+
+class _Line:
+    """Weights of a sum, learnt from sums by least squares that return to a guess in time.
+
+    Attributes:
+      guess: of the weights, before anything was learnt.
+      weights: as known now.
+    """
+
+    def __init__(
+        self, guess: Sequence[float], deviations: Sequence[float], *, forgets: Sequence[float]
+    ):
+        """Starts from a guess.
+
+        Args:
+          guess: of the weights.
+          deviations: how far off each may be.
+          forgets: which share of what is known of each goes whenever something is learnt.
+        """
+        self.guess, self.weights = tuple(guess), list(guess)
+        self._keeps = [math.sqrt(1 - share) for share in forgets]
+        variances = [deviation**2 for deviation in deviations]
+        self._returns = [share * v for share, v in zip(forgets, variances, strict=True)]
+        self._covariance = [
+            [variance if i == j else 0.0 for j in range(len(self.weights))]
+            for i, variance in enumerate(variances)
+        ]
+
+    def variance(self, x: Sequence[float]) -> float:
+        """How far off the sum of features `x` may be, squared."""
+        return sum(
+            f * sum(c * g for c, g in zip(row, x, strict=True))
+            for f, row in zip(x, self._covariance, strict=True)
+        )
+
+    def learn(self, x: Sequence[float], y: float, *, variance: float) -> None:
+        """Learns from features `x` whose weighted sum is `y`, give or take the variance's root."""
+        self._forget()
+        covariance = self._covariance
+        px = [sum(c * f for c, f in zip(row, x, strict=True)) for row in covariance]
+        scale = 1 / (sum(p * f for p, f in zip(px, x, strict=True)) + variance)
+        surprise = y - sum(w * f for w, f in zip(self.weights, x, strict=True))
+        self.weights = [w + p * scale * surprise for w, p in zip(self.weights, px, strict=True)]
+        self._covariance = [
+            [c - p * scale * q for c, q in zip(row, px, strict=True)]
+            for row, p in zip(covariance, px, strict=True)
+        ]
+
+    def _forget(self) -> None:
+        """Moves towards the guess, so that what no step shows any more cannot stay wrong."""
+        keeps = self._keeps
+        self.weights = [
+            guess + keep * (w - guess)
+            for w, guess, keep in zip(self.weights, self.guess, keeps, strict=True)
+        ]
+        for i, row in enumerate(self._covariance):
+            row[:] = [keeps[i] * keep * c for c, keep in zip(row, keeps, strict=True)]
+            row[i] += self._returns[i]
 
 
 class StepCosts:
-    """Estimates the time of a step before it runs, and learns from those that ran.
+    """Estimates of this device's times, from its steps so far; any device becomes known.
 
-    A Kalman filter over the terms of `StepTimes`, then a ratio for each mode and bucket, which is
-    that of the mode where a bucket has none yet. The ratio of a mode that is not used fades away:
-    otherwise one bad measurement could rule it out for good.
+    A line through all steps, and factors for each compiled shape. The modes share both, so that
+    comparing two of them compares what they do and not how often each was seen. Factors return to
+    one where no step shows them: a mode that looks bad once is tried again, and one that looks good
+    only because the other was never seen does not for long.
     """
 
     def __init__(self, first_guess: StepTimes | None = None, *, merge_ms: float = 10.0):
@@ -89,62 +169,54 @@ class StepCosts:
           merge_ms: device time of folding an adapter into all linears.
         """
         self.merge_ms = merge_ms
-        self._terms = list(dataclasses.astuple(first_guess or StepTimes()))
-        whole_ms = self._terms[0]
-        self._variances = [(3 * whole_ms / usual) ** 2 for usual in _USUAL_FEATURES]
-        self._covariance = [
-            [variance if i == j else 0.0 for j in range(len(self._terms))]
-            for i, variance in enumerate(self._variances)
-        ]
-        # Mode and bucket, or the mode alone -> measured over estimated, and at which step.
-        self._ratios: dict[tuple[Mode, Hashable] | Mode, tuple[float, int]] = {}
+        self._line = _line_of(dataclasses.astuple(first_guess or StepTimes()))
+        self._factors: dict[Hashable, _Line] = {}
         self._steps = 0
 
     def estimate_ms(self, load: StepLoad) -> float:
         """Milliseconds that a step will take."""
-        return self._line_ms(load) * self._ratio(load)
+        line = self._factors.get(load.bucket)
+        of_base, *of_lora = _FACTORS if line is None else line.weights
+        base_ms, *lora_ms = self._parts_ms(load)
+        extra_ms = sum(w * x for w, x in zip(of_lora, lora_ms, strict=True))
+        # Noise may turn a small term negative; LoRA never makes a step quicker.
+        return max(of_base * base_ms, 1e-3) + max(extra_ms, 0.0)
 
     def observe(self, load: StepLoad, ms: float) -> None:
         """Learns from a step that took `ms`, more than zero."""
         self._steps += 1
-        predicted = self._line_ms(load)
+        predicted = self.estimate_ms(load)
+        if self._steps == 1:  # how fast a device is, it is with LoRA, too
+            self._line = _line_of([w * ms / predicted for w in self._line.weights])
         if self._steps > _UNLIMITED_STEPS:
             bound = _LARGEST_SURPRISE * predicted
             ms = min(max(ms, predicted - bound), predicted + bound)
-        ratio = self._ratio(load)
-        self._learn_terms(load.features(), ms)
-        measured = ms / self._line_ms(load)
-        self._ratios[load.mode, load.bucket] = (
-            ratio + _RATIO_RATE * (measured - ratio),
-            self._steps,
-        )
-        ratio = self._ratios.get(load.mode, (1.0, 0))[0]
-        self._ratios[load.mode] = (ratio + _RATIO_RATE * (measured - ratio), self._steps)
+        noise = (_NOISE * ms) ** 2
+        # While the line is not known, what it misses is not the shape's.
+        unknown = self._line.variance(load.features())
+        # Shapes that are known to be off the line do not bend it.
+        off_ms = predicted - sum(self._parts_ms(load)[:2])
+        self._line.learn(load.features(), ms, variance=noise + (_BENDS * off_ms) ** 2)
+        if load.bucket not in self._factors:
+            self._factors[load.bucket] = _Line(
+                _FACTORS, _FACTOR_DEVIATIONS, forgets=_FACTORS_FORGET
+            )
+        self._factors[load.bucket].learn(self._parts_ms(load), ms, variance=noise + unknown)
 
     def observe_merge(self, ms: float) -> None:
         """Learns from a merge of all linears whose chunks took `ms` together."""
         self.merge_ms += 0.3 * (ms - self.merge_ms)
 
-    def _ratio(self, load: StepLoad) -> float:
-        of_mode = self._ratios.get(load.mode, (1.0, 0))
-        ratio, seen = self._ratios.get((load.mode, load.bucket), of_mode)
-        return 1 + (ratio - 1) * math.exp((seen - self._steps) / _RATIO_FADES_STEPS)
+    def _parts_ms(self, load: StepLoad) -> tuple[float, float, float]:
+        """On the line: the base, LoRA, and this again in a mixture; for the factors, in order."""
+        x = load.features()
+        parts = [w * f for w, f in zip(self._line.weights, x, strict=True)]
+        guessed = [w * f for w, f in zip(self._line.guess, x, strict=True)]
+        base_ms = max(sum(parts[:_BASE_TERMS]), 1e-3)
+        lora_ms = max(sum(parts[_BASE_TERMS:]), _LEAST_LORA * sum(guessed[_BASE_TERMS:]))
+        return base_ms, lora_ms, lora_ms if load.mode is Mode.MIXTURE else 0.0
 
-    def _line_ms(self, load: StepLoad) -> float:
-        parts = [w * x for w, x in zip(self._terms, load.features(), strict=True)]
-        base, extra = sum(parts[:_BASE_TERMS]), sum(parts[_BASE_TERMS:])
-        # Noise may turn a small term negative; LoRA never makes a step quicker.
-        return max(base, 1e-3) + max(extra, 0.0)
 
-    def _learn_terms(self, x: tuple[float, ...], ms: float) -> None:
-        covariance = self._covariance
-        px = [sum(c * f for c, f in zip(row, x, strict=True)) for row in covariance]
-        noise = (_NOISE * ms) ** 2
-        scale = 1 / (sum(p * f for p, f in zip(px, x, strict=True)) + noise)
-        surprise = ms - sum(w * f for w, f in zip(self._terms, x, strict=True))
-        self._terms = [w + p * scale * surprise for w, p in zip(self._terms, px, strict=True)]
-        for i, row in enumerate(covariance):
-            gain = px[i] * scale
-            covariance[i] = row = [c - gain * p for c, p in zip(row, px, strict=True)]
-            if row[i] < self._variances[i]:  # a term that no step shows must not become unknown
-                row[i] += _DRIFT * self._variances[i]
+def _line_of(terms: Sequence[float]) -> _Line:
+    usual = zip(_DEVIATIONS, _USUAL_FEATURES, strict=True)
+    return _Line(terms, [terms[0] * d / x for d, x in usual], forgets=_FORGETS)

@@ -88,7 +88,8 @@ class Valora:
         if folded is not None and not weak:
             copy_ms = round.estimate_ms(chunks, folded)
             gain = _LEAST_MODE_GAIN * unmerged_ms * (-1 if self._on_copy else 1)
-            if copy_ms < unmerged_ms - gain:
+            merged = all(adapter == folded for adapter, _ in chunks)  # less work, whatever it takes
+            if merged or copy_ms < unmerged_ms - gain:
                 everybody = Decision(folded=folded)
                 everybody_ms = copy_ms
         best = _Choice(

@@ -98,9 +98,7 @@ def registers(tile: LoraTile) -> dict[str, int]:
     shrink_operands = expand_operands = 0
     if rows < 64:  # the matmul instruction of taller tiles reads shared memory
         shrink_operands = (rows + shrink.block_ranks) * shrink.block_k * words
-        # Of the larger of its two products.
-        inner = max(rows, expand.block_ranks)
-        expand_operands = (rows + expand.block_columns) * inner * words
+        expand_operands = (rows + expand.block_columns) * expand.block_ranks * words
     of_program = {
         "shrink": (sums + shrink_operands, shrink.warps),
         "expand": (2 * y + expand_operands, expand.warps),  # sums, and what they are stored as

@@ -139,16 +139,16 @@ def _dense(x_ND, w_DE, pools, slot_N, layer) -> jax.Array:
 
 
 def _run_lora(x_TD, _, pools, row_tiles, *, tile, columns: tuple[int, ...], calls: int):
-    """Updates of products, which are zeros here."""
-    E = columns[-1] + pools[-1].b_RE.shape[1]
+    """Updates alone, which base products that come after them add."""
     return [
-        triton.lora_matmul(
-            jnp.zeros((x_TD.shape[0], E), x_TD.dtype),
+        triton.lora_update(
             x_TD,
             pools,
             row_tiles,
             np.int32(layer),
             columns=columns,
+            E=columns[-1] + pools[-1].b_RE.shape[1],
+            dtype=x_TD.dtype,
             tile=tile,
         )
         for layer in range(calls)

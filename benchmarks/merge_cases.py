@@ -1,4 +1,4 @@
-"""Merging one adapter of rank 64 into all linears of a model, layer by layer.
+"""Merging one adapter of rank 64 into all linears of a model, layer by layer, and a plain copy.
 
 A few layers are timed, of weights far larger than any cache; the figure is scaled to all layers.
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks import floors
 from benchmarks.gpu import Program
-from pallas_kernels.lora_matmul import PAGE_RANKS, LoraPool, Part
+from pallas_kernels.lora_matmul import MAX_RANK, PAGE_RANKS, LoraPool, Part
 from pallas_kernels.lora_merge import lora_merge
 from pallas_kernels.tuning.shapes import MODELS, LinearShape
 
@@ -40,7 +40,7 @@ def programs(model: str) -> Iterator[Program]:
         for linear in linears.values()
         for columns in linear.columns
     ]
-    for impl in ("triton", "xla"):
+    for impl in ("mosaic", "triton", "xla", "copy"):
         yield Program(
             name=f"merge/{model}/{impl}",
             fields=dict(
@@ -58,7 +58,7 @@ def programs(model: str) -> Iterator[Program]:
             carry=lambda: jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), base_DE),
             variants=[(base_DE, pools)],
             calls=TIMED_LAYERS / shape.layers,
-            error=functools.partial(_error, base_DE, pools),
+            error=None if impl == "copy" else functools.partial(_error, base_DE, pools),
         )
 
 
@@ -68,6 +68,8 @@ def _parts(pools: list[LoraPool]) -> list[Part]:
 
 
 def _run(merged_DE, base_DE, pools, *, impl):
+    if impl == "copy":  # with a new sign: XLA leaves out what changes nothing
+        return jax.tree.map(jnp.negative, base_DE), None
     return [
         [
             lora_merge(*copy_and_base, _parts(own), layer=layer, slot=0, implementation=impl)
@@ -86,12 +88,12 @@ def _weights(key, linear: LinearShape) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("width", "columns"))
 def _pool(width: int, columns: int) -> LoraPool:
     key_a, key_b = jax.random.split(jax.random.key(1))
-    rows = TIMED_LAYERS * (1 + PAGES) * PAGE_RANKS
+    rows, own = TIMED_LAYERS * (1 + PAGES) * PAGE_RANKS, jnp.arange(1, 1 + PAGES)
     return LoraPool(
         a_RD=jax.random.normal(key_a, (rows, width), jnp.bfloat16) * jnp.bfloat16(width**-0.5),
         b_RE=jax.random.normal(key_b, (rows, columns), jnp.bfloat16) * jnp.bfloat16(0.1),
         scale_LS=jnp.ones((TIMED_LAYERS, 1)),
-        page_SW=jnp.arange(1, 1 + PAGES)[None],
+        page_SW=jnp.zeros((1, MAX_RANK // PAGE_RANKS), jnp.int32).at[:, :PAGES].set(own),
         pages_S=jnp.array([PAGES]),
     )
 

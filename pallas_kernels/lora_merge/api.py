@@ -10,16 +10,28 @@ D input width, E output width of all parts, L layers, S adapter slots.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import numpy as np
 
 from pallas_kernels.lora_matmul.api import Part
-from pallas_kernels.lora_merge import triton, xla
+from pallas_kernels.lora_matmul.layout import LoraPool
+from pallas_kernels.lora_merge import mosaic, triton, xla
 from pallas_kernels.lora_merge.tiles import MergeTile
 
-Implementation = Literal["triton", "xla"]
+Implementation = Literal["mosaic", "triton", "xla"]
+
+_HOPPER = "9.0"  # whose instructions "mosaic" is made of
+
+
+def fastest(base_DE: jax.Array, parts: Sequence[Part]) -> Implementation:
+    """Which implementation merges these fastest on the device that jax uses by default."""
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability is None:
+        return "xla"
+    refused = capability != _HOPPER or mosaic.refusal(base_DE, *_operands(parts))
+    return "triton" if refused else "mosaic"
 
 
 def lora_merge(
@@ -43,7 +55,8 @@ def lora_merge(
       layer: which layer's rows of each page to use, in `[0, layers)`. Values on the device, of this
         and of `slot`, are not checked.
       slot: whose adapter to fold in, in `[0, slots)`.
-      implementation: "triton" for NVIDIA GPUs, "xla" anywhere.
+      implementation: "mosaic" for Hopper GPUs, "triton" for NVIDIA GPUs, "xla" anywhere; see
+        `fastest`.
       tile: shape of the "triton" kernel's blocks; `default_tile` if None.
 
     Returns:
@@ -52,7 +65,8 @@ def lora_merge(
 
     Raises:
       ValueError: the shapes contradict each other.
-      NotImplementedError: weights or pools are not bfloat16, float16 or float32.
+      NotImplementedError: weights or pools are not bfloat16, float16 or float32, or "mosaic" lacks
+        something for these: other dtypes than 16 bits, or columns that 64 does not divide.
     """
     if merged_DE.shape != base_DE.shape or merged_DE.dtype != base_DE.dtype:
         raise ValueError(
@@ -65,15 +79,22 @@ def lora_merge(
             raise NotImplementedError(
                 f"{array.dtype} is not merged; convert to bfloat16, float16 or float32"
             )
-    pools, columns = tuple(p.pool for p in parts), tuple(p.column for p in parts)
+    pools, columns = _operands(parts)
     at = (x if isinstance(x, jax.Array) else np.int32(x) for x in (layer, slot))
     args = (merged_DE, base_DE, pools, *at)
     match implementation:
         case "xla":
             return xla.lora_merge(*args, columns=columns)
+        case "mosaic":
+            return mosaic.lora_merge(*args, columns=columns)
         case "triton":
             return triton.lora_merge(*args, columns=columns, tile=tile)
-    raise ValueError(f"unknown implementation {implementation!r}; known: 'triton', 'xla'")
+    known = ", ".join(map(repr, get_args(Implementation)))
+    raise ValueError(f"unknown implementation {implementation!r}; known: {known}")
+
+
+def _operands(parts: Sequence[Part]) -> tuple[tuple[LoraPool, ...], tuple[int, ...]]:
+    return tuple(part.pool for part in parts), tuple(part.column for part in parts)
 
 
 def _check_parts(

@@ -46,8 +46,8 @@ def settled(of: Traits):
 
 def test_pages_are_a_mean_weighed_by_width():
     of = traits(Placed(), error=0.0)
-    # Widths in and out: 32 + 16 of q, 32 + 48 of k, 32 + 32 of o.
-    assert of(REF).pages == pytest.approx((2 * 48 + 64) / (48 + 80 + 64))
+    # Widths in and out: 64 + 64 of q, 64 + 128 of k, 64 + 64 of o.
+    assert of(REF).pages == pytest.approx((2 * 128 + 128) / (128 + 192 + 128))
 
 
 @pytest.mark.parametrize(("error", "mergeable"), [(0.0, True), (1.0, True), (1e6, False)])

@@ -1,11 +1,14 @@
 """Tests of the GPU kernels anywhere: interpreted where there is no GPU, or lowered for an H100."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import jax
 import pytest
 from jax import export
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
@@ -48,3 +51,14 @@ def interpret_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         # Interpreted programs run one after the other, each in one piece.
         monkeypatch.setattr(plgpu, "debug_barrier", lambda: None)
         monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+
+
+@contextlib.contextmanager
+def mosaic_kernels() -> Iterator[None]:
+    """Has Pallas interpret its Mosaic kernels, as an H100 would run them; not on a GPU."""
+    if jax.default_backend() == "gpu":
+        yield
+        return
+    params = mosaic_gpu.InterpretGPUParams(detect_races=True)
+    with mosaic_gpu.force_gpu_interpret_mode(params), jax.sharding.use_abstract_mesh(H100):
+        yield

@@ -127,10 +127,12 @@ def test_a_merge(compiled, width, widths):
 
     def merge(merged_DE, base_DE, pools):
         parts = [op.Part(pool=p, column=c) for p, c in zip(pools, columns_of(widths), strict=True)]
-        fill = functools.partial(lora_merge, layer=1, slot=0, implementation="triton")
+        fill = functools.partial(lora_merge, layer=1, slot=0, implementation="mosaic")
         return fill(merged_DE, base_DE, parts)
 
-    assert "lora_merge" in compiled(merge, w_DE, w_DE, pools).as_text()
+    text = compiled(merge, w_DE, w_DE, pools).as_text()
+    assert text.count('custom_call_target="mosaic_gpu') == 1
+    assert "copy(" not in text
 
 
 def test_tiles_of_tables(compiled):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.lora_matmul import Implementation, LoraPool, Part
-from pallas_kernels.lora_merge import lora_merge
+from pallas_kernels.lora_merge import fastest, lora_merge
 
 type Leaves = list[jax.Array]
 
@@ -55,7 +55,8 @@ class MergedCopy:
         Args:
           base: the model's flat weights in each dtype that steps run in; all of them get a copy.
           linears: what of them adapters are folded into; the rest is shared with the base.
-          implementation: of the merge.
+          implementation: of the steps' LoRA. With "xla" merges are plain XLA, too; else each linear
+            is merged by what is fastest there.
         """
         ordered = sorted(linears, key=lambda linear: linear.layer)
         groups = itertools.groupby(ordered, key=lambda linear: linear.layer)
@@ -130,6 +131,7 @@ def _merge(merged, base, pools, layer, slot, *, columns, implementation):
     copies = []
     for copy_DE, base_DE, own, first in zip(merged, base, pools, columns, strict=True):
         parts = [Part(pool=pool, column=c) for pool, c in zip(own, first, strict=True)]
-        how = dict(layer=layer, slot=slot, implementation=implementation)
-        copies.append(lora_merge(copy_DE, base_DE, parts, **how))
+        merges_by = "xla" if implementation == "xla" else fastest(base_DE, parts)
+        at = dict(layer=layer, slot=slot)
+        copies.append(lora_merge(copy_DE, base_DE, parts, **at, implementation=merges_by))
     return tuple(copies)

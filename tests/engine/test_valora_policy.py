@@ -168,6 +168,20 @@ def test_theta_shortens_the_wait_that_would_pay():
     assert 0 < waits_s[0] < waits_s[1] < waits_s[2] < 0.3
 
 
+def test_decodes_of_others_wait_for_steps_without_prompts_where_these_pay_more_for_lora():
+    trace = arrivals(*[(0.0, 0, 600)] * 5, (1.0, 2, 100))
+    trace += [
+        Arrival(at_s=1.0 + 0.1 * i, adapter=0, prompt_tokens=100, output_tokens=2)
+        for i in range(1, 5)
+    ]
+    device = Device(times=StepTimes(prompt_lora_ms=5.0))
+    run = simulation(trace, device=device)
+    late = [step for step in steps_of(run) if 1.05 < step.start_s < run.requests[5].finished_s]
+    held = [step for step in late if 2 not in {r.adapter for r in step.requests}]
+    assert len(held) == 4
+    assert all(step.mode is Mode.MERGED for step in held)
+
+
 def test_nobody_is_held_back_where_lora_is_light():
     run = simulation(arrivals(*[(0.0, 0, 300)] * 6, *[(1.0, 2, 50)] * 2), device=Device())
     assert all(step.decision.only is None for step in steps_of(run))

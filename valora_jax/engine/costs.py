@@ -1,9 +1,10 @@
 """What steps and merges cost on this device, learnt while serving.
 
 A step's time is close to linear in what it does: a fixed part for reading the weights, one for each
-decoding request, one for each prompt token; with LoRA fixed parts again, one for each rank page
-that is read and one for each token that meets a rank page. `StepCosts` starts from the figures of
-one device and follows those of its own; what the line misses it corrects for each compiled shape.
+decoding request, one for prompts and one for each of their tokens; with LoRA fixed parts again, one
+for each rank page that is read and one for each token that meets a rank page. `StepCosts` starts
+from the figures of one device and follows those of its own; what the line misses it corrects for
+each compiled shape.
 """
 
 import dataclasses
@@ -39,6 +40,7 @@ class StepLoad:
         return (
             1.0,
             self.decodes,
+            float(self.prompt_tokens > 0),
             self.prompt_tokens,
             float(lora),
             float(lora and self.prompt_tokens > 0),
@@ -60,6 +62,7 @@ class StepTimes:
 
     step_ms: float = 4.93
     decode_ms: float = 0.158
+    prompt_ms: float = 0.0
     prompt_token_ms: float = 0.0176
     lora_ms: float = 0.32
     prompt_lora_ms: float = 2.0
@@ -72,17 +75,17 @@ class StepTimes:
         return sum(w * x for w, x in zip(dataclasses.astuple(self), load.features(), strict=True))
 
 
-_BASE_TERMS = 3  # the first ones; the others are LoRA's
+_BASE_TERMS = 4  # the first ones; the others are LoRA's
 # On another device a term of the base may be as large as some steps here, and one of LoRA's as a
 # part of one: where all steps use LoRA they do not tell its share from the base's.
-_USUAL_FEATURES = (1, 16, 640, 1, 1, 32, 2560, 1)
-_DEVIATIONS = (*[3.0] * _BASE_TERMS, *[1.0] * 4, 0.3)  # in steps
+_USUAL_FEATURES = (1, 16, 1, 640, 1, 1, 32, 2560, 1)
+_DEVIATIONS = (*[3.0] * _BASE_TERMS, 1.0, *[0.3] * 4)  # in steps
 # What the line misses in one compiled shape: factors of the base, of LoRA, and of LoRA once more in
 # a mixture; and how far off these may be.
 _FACTORS = (1.0, 1.0, 0.0)
 _FACTOR_DEVIATIONS = (0.15, 0.3, 0.3)
 # Shares of what is known of each that go with a step.
-_FORGETS = (*[1e-4] * 3, *[1e-5] * 4, 2e-3)
+_FORGETS = (*[1e-4] * _BASE_TERMS, *[1e-5] * 4, 2e-3)
 _FACTORS_FORGET = (0.02, 0.02, 0.02)
 # One slow step, of a collected garbage or a busy host, says little about the next.
 _LARGEST_SURPRISE = 0.1

@@ -7,6 +7,10 @@ for everybody, and a share `q` of the requests served in every k-th step only, i
 
     ((k - 1) t + t + d) ((1 - q) / k + q),  least at  k = sqrt(d (1 - q) / (t q)).
 
+Those who only decode are also left out of a step with prompts, where LoRA costs most, if that costs
+less than what everybody loses: they decode in a later step, which they make longer by less, and end
+one step later.
+
 The paper goes by shares of a batch: merged above one half. That fits a LoRA that makes steps nearly
 twice as long; where a step pays a few per cent, holding back half the requests does not.
 """
@@ -104,11 +108,14 @@ class Valora:
                 continue
             some_ms = round.estimate_ms(served, folded)
             period, token_ms = _hold_back(some_ms, everybody_ms, 1 - len(served) / len(chunks))
+            patience_s = (period - 1) * some_ms / 1e3
+            if (once_ms := some_ms + _decode_later_ms(round, chunks, some, folded)) < token_ms:
+                token_ms, patience_s = once_ms, self._max_wait_s
             if token_ms < min(best.token_ms, (1 - _LEAST_GAIN) * everybody_ms):
                 best = dataclasses.replace(
                     best,
                     some=Decision(folded=folded, only=some),
-                    patience_s=(period - 1) * some_ms / 1e3,
+                    patience_s=patience_s,
                     token_ms=token_ms,
                 )
         return best
@@ -196,6 +203,22 @@ def _hold_back(some_ms: float, everybody_ms: float, held: float) -> tuple[int, f
     extra_ms = max(everybody_ms - some_ms, 0.0)
     period = max(round(math.sqrt(extra_ms * (1 - held) / (some_ms * held))), 1)
     return period, (period * some_ms + extra_ms) * ((1 - held) / period + held)
+
+
+def _decode_later_ms(
+    round: Round, chunks: Chunks, some: frozenset[Adapter | None], folded: Adapter | None
+) -> float:
+    """What a token's mean time rises by if those who are not of `some` decode in a later step.
+
+    Infinite unless that step differs from this one, which has prompts, all of them of `some`.
+    """
+    held = [length for adapter, length in chunks if adapter not in some]
+    if max(held) > 1 or all(length == 1 for _, length in chunks):
+        return math.inf
+    decodes: Chunks = [(adapter, 1) for adapter, _ in chunks]
+    everybody_ms = round.estimate_ms(decodes, None)
+    some_ms = round.estimate_ms([chunk for chunk in decodes if chunk[0] in some], folded)
+    return everybody_ms - some_ms + everybody_ms * len(held) / len(chunks)
 
 
 def _rival(round: Round, chunks: Chunks) -> Adapter | None:

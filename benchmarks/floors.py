@@ -46,8 +46,8 @@ def adapters(*, tokens: int, ranks: Sequence[int], width: int, columns: Sequence
 
 
 def lora(*, tokens: int, ranks: Sequence[int], width: int, columns: Sequence[int]) -> Work:
-    """Adds adapters to base products: reads `[tokens, width]`, reads and writes the products."""
-    rows = tokens * (width + 2 * sum(columns))
+    """Updates of base products: reads `[tokens, width]`, writes what they add."""
+    rows = tokens * (width + sum(columns))
     own = adapters(tokens=tokens, ranks=ranks, width=width, columns=columns)
     return own + Work(ITEM_BYTES * rows, 0)
 

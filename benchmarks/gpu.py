@@ -63,6 +63,7 @@ class Program:
       calls: operations of one run; may be a share of one.
       error: of what a run on `carry()` and the first variant returned, in units of the tolerance:
         above 1 it is wrong. None where there is nothing to compare with.
+      baseline: name of a program before it in the group; the record has the time beyond it.
       timing: keywords for `time_program`.
       compiler_options: for XLA.
     """
@@ -75,8 +76,9 @@ class Program:
     variants: Sequence[tuple[Any, ...]]
     calls: float
     error: Callable[[tuple[Any, Any]], float] | None
+    baseline: str | None = None
     timing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    compiler_options: dict[str, str] | None = None
+    compiler_options: dict[str, Any] | None = None
 
 
 def require_gpu(bench: str) -> None:
@@ -101,6 +103,7 @@ class Recorder:
             "command": " ".join(["python", "-m", f"benchmarks.{bench}", *sys.argv[1:]]),
         }
         self._bench = bench
+        self.records: list[Mapping[str, Any]] = []  # of this run
         print(f"{device}: copies {self._copy_bytes_per_s / 1e12:.2f} TB/s; records in {self.path}")
 
     def write(self, program: Program, measured: Mapping[str, Any]) -> None:
@@ -118,6 +121,7 @@ class Recorder:
             **self._common,
         }
         append(self.path, [record])
+        self.records.append(record)
         print(line(record), flush=True)
 
 
@@ -126,7 +130,8 @@ def line(record: Mapping[str, Any]) -> str:
     if (failure := record.get("failure")) is not None:
         return f"{record['name']:<52} failed: {failure}"
     ms, floor_ms = record["median_ms"], record["floor_ms"]
-    return f"{record['name']:<52} {ms:10.4f} ms {ms / floor_ms:7.2f} x floor"
+    added = f", adds {1e3 * record['added_ms']:.1f} us" if "added_ms" in record else ""
+    return f"{record['name']:<52} {ms:10.4f} ms {ms / floor_ms:7.2f} x floor{added}"
 
 
 def run_group(programs: Iterable[Program], recorder: Recorder) -> None:
@@ -147,11 +152,16 @@ def run_group(programs: Iterable[Program], recorder: Recorder) -> None:
             if (key := (lowered.as_text(), lowered.in_tree)) not in executables:
                 executables[key] = pool.submit(lowered.compile)
             compiling.append((program, executables[key]))
+    median_ms: dict[str | None, float] = {}
     for program, compiled in compiling:
         try:
             measured = _measure(program, compiled.result())
         except jax.errors.JaxRuntimeError as failure:  # most often: a rival that wants more memory
             measured = {"failure": str(failure).split("\n")[0]}
+        if "median_ms" in measured:
+            median_ms[program.name] = measured["median_ms"]
+            if program.baseline in median_ms:
+                measured["added_ms"] = measured["median_ms"] - median_ms[program.baseline]
         recorder.write(program, measured)
 
 

@@ -3,13 +3,15 @@
 Run it as `python -m benchmarks.kernels`. Needs jax and NumPy only.
 """
 
+import functools
 import sys
 from collections.abc import Iterable, Iterator
 
-from benchmarks import attention_cases, lora_cases, merge_cases
+from benchmarks import attention_cases, lora_cases, lora_summary, merge_cases
 from benchmarks.attention_cases import Attention
 from benchmarks.gpu import Options, Program, Recorder, require_gpu, run_group
-from benchmarks.lora_cases import Batches, Point, Pools
+from benchmarks.lora_cases import Batches
+from benchmarks.lora_inputs import Point, Pools
 from pallas_kernels.tuning.shapes import MODELS, LinearShape
 
 GOALS = (
@@ -59,14 +61,22 @@ def sweep(*, quick: bool) -> list[Point]:
 
 
 def lora_groups(
-    linear: LinearShape, points: Iterable[Point], *, name: str, model: str
+    linear: LinearShape,
+    points: Iterable[Point],
+    *,
+    name: str,
+    model: str,
+    pools: Pools | None = None,
+    alone: bool = False,
 ) -> Iterator[Iterable[Program]]:
-    """One group a number of tokens."""
-    pools, by_tokens = Pools(linear), {}
+    """One group a number of tokens; `alone` leaves the base product out."""
+    pools, by_tokens = pools or Pools(linear), {}
+    weights = None if alone else lora_cases.weights(linear)
     for point in points:
         by_tokens.setdefault(point.tokens, []).append(point)
     for tokens, own in by_tokens.items():
-        yield lora_cases.programs(pools, Batches(linear, tokens), own, name=name, model=model)
+        batches = Batches(linear, tokens, weights=weights)
+        yield lora_cases.programs(pools, batches, own, name=name, model=model)
 
 
 def groups(options: Options) -> Iterator[Iterable[Program]]:
@@ -75,8 +85,10 @@ def groups(options: Options) -> Iterator[Iterable[Program]]:
         yield attention_cases.programs(case)
     yield merge_cases.programs("llava-1.5-7b")
     square = MODELS["llava-1.5-7b"].linears["o"]
-    points = sweep(quick=options.quick)
-    yield from lora_groups(square, points, name="lora/4096-4096", model="llava-1.5-7b")
+    points, pools = sweep(quick=options.quick), Pools(square)
+    of_square = functools.partial(lora_groups, square, model="llava-1.5-7b", pools=pools)
+    yield from of_square(GOALS, name="pair/4096-4096", alone=True)
+    yield from of_square(points, name="lora/4096-4096")
     if options.quick:
         return
     # Qwen-VL's linears are LLaVA-1.5's.
@@ -93,6 +105,7 @@ def main(arguments: list[str]) -> None:
     recorder = Recorder("kernels")
     for group in groups(options):
         run_group((program for program in group if options.wants(program.name)), recorder)
+    print(*lora_summary.lines(recorder.records), sep="\n")
 
 
 if __name__ == "__main__":

@@ -53,8 +53,9 @@ def series(records: Iterable[Record], *, x: str, of: str) -> dict[str, list[Reco
 
 
 def latency(records: Sequence[Record]) -> Figure | None:
-    """Latency against tokens, a panel for each number of adapters and rank."""
-    records = [r for r in records if r.get("shape") == SQUARE and isinstance(r["rank"], int)]
+    """What LoRA adds to a linear against tokens, a panel for each number of adapters and rank."""
+    of_square = [r for r in records if r.get("shape") == SQUARE and isinstance(r["rank"], int)]
+    records = [r for r in of_square if r.get("added_ms", 0) > 0]  # of short runs there are none
     swept = [r for r in records if r["rank"] in (8, 64, 128) and r["adapters"] in (1, 8, 32)]
     if not swept:
         return None
@@ -69,13 +70,14 @@ def latency(records: Sequence[Record]) -> Figure | None:
                 continue
             for impl, line in series(own, x="batch", of="impl").items():
                 label, color, marker = STYLES[impl]
-                _line(panel, line, "median_ms", color=color, marker=marker, label=label)
+                _line(panel, line, "added_ms", color=color, marker=marker, label=label)
             floor = series(own, x="batch", of="impl").get("triton", [])
-            _line(panel, floor, "floor_ms", label="byte floor", **FLOOR)
+            _line(panel, floor, "added_floor_ms", label="byte floor", **FLOOR)
             panel.set_title(f"{count} adapter{'s' * (count > 1)} of rank {rank}", fontsize=9)
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
-    return _finish(figure, panels, "tokens", "microseconds", "LoRA of a 4096 x 4096 linear")
+    title = "What LoRA adds to a 4096 x 4096 linear"
+    return _finish(figure, panels, "tokens", "microseconds", title)
 
 
 def roofline(records: Sequence[Record]) -> Figure | None:
@@ -85,7 +87,7 @@ def roofline(records: Sequence[Record]) -> Figure | None:
         return None
     figure, panels = _panels(1, 1, width=7, height=5)
     panel = panels[0, 0]
-    colors = {"lora": "#0b6e4f", "attention": "#7570b3", "merge": "#d95f02"}
+    colors = {"lora": "#0b6e4f", "pair": "#a6761d", "attention": "#7570b3", "merge": "#d95f02"}
     for op, own in series(ours, x="flops", of="op").items():
         panel.scatter(
             [r["flops"] / r["bytes"] for r in own],

@@ -13,7 +13,7 @@ def test_a_floor_is_the_slower_of_bytes_and_products():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "adapters", "microseconds"), [(8, 8, 2.9), (32, 32, 11.4), (4096, 8, 36.4)]
+    ("tokens", "adapters", "microseconds"), [(8, 8, 2.84), (32, 32, 11.36), (4096, 8, 25.2)]
 )
 def test_lora_reads_each_adapter_and_row_once(tokens, adapters, microseconds):
     work = floors.lora(tokens=tokens, ranks=(64,) * adapters, width=4096, columns=(4096,))

@@ -4,10 +4,10 @@ import functools
 
 import pytest
 
-from benchmarks import attention_cases, kernels, lora_cases, merge_cases
+from benchmarks import attention_cases, kernels, lora_cases, lora_inputs, lora_summary, merge_cases
 from benchmarks.attention_cases import Attention
 from benchmarks.kernels import GOALS, MIXED, lora_groups, sweep
-from benchmarks.lora_cases import Point
+from benchmarks.lora_inputs import Point
 from pallas_kernels.tuning import shapes
 from pallas_kernels.tuning.shapes import LinearShape, ModelShape
 
@@ -22,6 +22,7 @@ def xla_alone(monkeypatch):
         return call(*args, implementation="xla", **keywords)
 
     for module, name in (
+        (lora_cases, "lora_linear"),
         (lora_cases, "lora_matmul"),
         (attention_cases, "attend"),
         (merge_cases, "lora_merge"),
@@ -45,7 +46,7 @@ def test_the_sweep_holds_the_goals_and_no_batch_with_more_adapters_than_tokens()
 def test_every_group_of_adapters_fits_the_pool():
     for point in sweep(quick=False):
         assert point.groups >= 1
-        assert point.groups * sum(point.pages) <= lora_cases.PAGES
+        assert point.groups * sum(point.pages) <= lora_inputs.PAGES
 
 
 @pytest.mark.parametrize(
@@ -57,9 +58,15 @@ def test_every_group_of_adapters_fits_the_pool():
     ],
     ids=lambda point: point.name,
 )
-def test_all_ways_to_multiply_adapters_agree(point):
-    ((*programs,),) = lora_groups(LinearShape(64, (48,)), [point], name="lora/x", model="tiny")
-    assert [p.fields["impl"] for p in programs] == ["triton", "fixed-tile", *lora_cases.RIVALS]
+@pytest.mark.parametrize("alone", [False, True])
+def test_all_ways_to_multiply_adapters_agree(point, alone):
+    how = dict(name="lora/x", model="tiny", alone=alone)
+    ((*programs,),) = lora_groups(LinearShape(64, (48,)), [point], **how)
+    product = [] if alone else ["product"]
+    impls = [*product, "triton", "fixed-tile", *lora_cases.RIVALS]
+    assert [p.fields["impl"] for p in programs] == impls
+    baseline = None if alone else programs[0].name
+    assert {p.baseline for p in programs[1:]} == {baseline}
     found = errors(programs)
     assert all(error <= 1 for error in found.values()), found
 
@@ -68,16 +75,16 @@ def test_linears_that_share_an_input_are_one_call():
     point = Point(tokens=8, ranks=(16, 32))
     ((*programs,),) = lora_groups(LinearShape(64, (32, 16)), [point], name="lora/x", model="tiny")
     found = errors(programs)
-    assert len(found) == 2
+    assert len(found) == 3
     assert all(error <= 1 for error in found.values()), found
 
 
 def test_the_check_sees_a_wrong_page():
     point = Point(tokens=8, ranks=(64,) * 8)
-    ((program, *_),) = lora_groups(LinearShape(64, (48,)), [point], name="lora/x", model="tiny")
-    x_TD, (pool,), tiles = program.variants[0]
-    shifted = [tile.__class__(**fields(tile) | {"plus_M": tile.plus_M + 1}) for tile in tiles]
-    assert program.error(program.run(program.carry(), x_TD, [pool], shifted)) > 10
+    ((_, program, *_),) = lora_groups(LinearShape(64, (48,)), [point], name="lora/x", model="tiny")
+    x_TD, w_DE, (pools, tiles) = program.variants[0]
+    shifted = tiles.__class__(**fields(tiles) | {"plus_M": tiles.plus_M + 1})
+    assert program.error(program.run(program.carry(), x_TD, w_DE, (pools, shifted))) > 10
 
 
 def fields(tile):
@@ -104,3 +111,21 @@ def test_names_are_unique_over_a_whole_run():
     names = [case.name for case in kernels.ATTENTION]
     names += [point.name for point in sweep(quick=False)]
     assert len(names) == len(set(names))
+
+
+def added(impl, us, *, tokens=32, adapters=32, rank=64):
+    name = f"lora/x/t{tokens}/a{adapters}/r{rank}/{impl}"
+    fields = dict(batch=tokens, adapters=adapters, rank_sum=adapters * rank)
+    return fields | dict(name=name, impl=impl, added_ms=us / 1e3)
+
+
+def test_the_summary_has_means_the_worst_point_and_the_time_a_rank():
+    records = [added("triton", 4.0), added("masked-dense", 8.0), added("loop", 16.0)]
+    records += [added(impl, 2.0, rank=8) for impl in ("triton", "masked-dense")]
+    first, *rest = lora_summary.lines([*records, {"name": "x", "impl": "product"}])
+    assert (
+        "2 points: 0.71 in geometric mean, 0 above 1.1, the worst 1.00 (lora/x/t32/a32/r8)" in first
+    )
+    assert rest[:2] == ["masked-dense to ours: 1.41", "loop to ours: 4.00"]
+    assert "sum to 256: adds 2.0 us, 7.81 ns a rank" in rest[2]
+    assert lora_summary.lines([{"name": "x", "impl": "product"}]) == []

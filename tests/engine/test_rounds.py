@@ -2,7 +2,6 @@ import dataclasses
 
 import hypothesis
 import hypothesis.strategies as st
-import pytest
 
 from valora_jax.engine.kv_blocks import KVBlocks
 from valora_jax.engine.request import Request
@@ -56,19 +55,6 @@ def test_in_a_mixture_the_base_model_subtracts_what_is_folded():
 
 def test_a_merged_step_pays_nothing():
     assert cost_of(load([("cars", 1), ("cars", 7)], "cars")) == (Mode.MERGED, 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("decision", "mode"),
-    [
-        (Decision(), Mode.UNMERGED),
-        (Decision(only=frozenset(["cars"])), Mode.UNMERGED),
-        (Decision(folded="cars", only=frozenset(["cars"])), Mode.MERGED),
-        (Decision(folded="cars"), Mode.MIXTURE),
-    ],
-)
-def test_a_decision_names_its_mode(decision, mode):
-    assert decision.mode is mode
 
 
 def test_a_planned_step_skips_who_is_held_back():

@@ -95,13 +95,6 @@ class Decision:
     only: frozenset[Adapter | None] | None = None
     merge: Adapter | None = None
 
-    @property
-    def mode(self) -> Mode:
-        """What the step may be; a mixture that meets nobody else's requests turns out merged."""
-        if self.folded is None:
-            return Mode.UNMERGED
-        return Mode.MERGED if self.only == {self.folded} else Mode.MIXTURE
-
     def serves(self, request: Servable) -> bool:
         """Whether the step may serve a request."""
         return self.only is None or request.adapter in self.only

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import lora_matmul as op
@@ -57,11 +58,14 @@ def compiled():
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return jax.jit(fn).lower(*here).compile(compiler_options=options)
 
-    # What a described device compiled cannot be read back from a cache of compilations.
+    # What a described device compiled cannot be read back from a cache of compilations. jax asks
+    # once whether there is one, so a test before this one may have had the answer.
     cached = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
     yield compile_fn
     jax.config.update("jax_enable_compilation_cache", cached)
+    compilation_cache.reset_cache()
 
 
 def shapes_of(width, widths, rows):

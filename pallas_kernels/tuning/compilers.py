@@ -6,6 +6,8 @@ threads alone most cores would be idle, and whoever takes times beside them woul
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from typing import Any
@@ -15,6 +17,8 @@ from jax.experimental import serialize_executable
 
 # Cores for who takes the times, and for what the compilers' own threads do.
 SPARE_CORES = 3
+# Each has a context of half a GB on the device, next to what jax takes of its memory.
+MOST_PROCESSES = 12
 
 
 class CompileError(Exception):
@@ -22,12 +26,17 @@ class CompileError(Exception):
 
 
 class Compilers:
-    """Processes that compile; a context manager that ends them."""
+    """Processes that compile; a context manager that ends them.
+
+    Attributes:
+      processes: how many, at most.
+    """
 
     def __init__(self, executor: Executor | None = None):
         """Takes an executor where functions are compiled in another way, as in tests."""
-        self._processes = max(1, len(os.sched_getaffinity(0)) - SPARE_CORES)
-        self._executor = executor or _new_pool(self._processes)
+        cores = len(os.sched_getaffinity(0))
+        self.processes = min(max(1, cores - SPARE_CORES), MOST_PROCESSES)
+        self._executor = executor or _new_pool(self.processes)
 
     def __enter__(self) -> "Compilers":
         return self
@@ -49,7 +58,7 @@ class Compilers:
         try:
             future = self._executor.submit(*work)
         except BrokenExecutor:
-            self._executor = _new_pool(self._processes)
+            self._executor = _new_pool(self.processes)
             future = self._executor.submit(*work)
 
         def program() -> bytes | str:
@@ -96,10 +105,21 @@ def first_line(error: BaseException) -> str:
 
 
 def _begin() -> None:
+    # Ctrl-C reaches all processes of a terminal; who has started these ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # A context on the device is all that a compiler needs of its memory.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     # What comes out of a cache of compilations does not always go on to another process.
     jax.config.update("jax_enable_compilation_cache", False)
+
+
+def _end_with_parent() -> None:
+    """Or a compiler would wait for work for ever, with its context on the device."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _compiled(fn: Callable, shapes: tuple) -> bytes | str:

@@ -93,15 +93,15 @@ def registers(tile: LoraTile) -> dict[str, int]:
     shared memory."""
     rows, shrink, expand = tile.block_rows, tile.shrink, tile.expand
     words = ITEM_BYTES / 4
-    sums = rows * shrink.block_ranks
-    y = rows * expand.block_columns
+    sums, updates = rows * shrink.block_ranks, rows * expand.block_columns
     shrink_operands = expand_operands = 0
     if rows < 64:  # the matmul instruction of taller tiles reads shared memory
         shrink_operands = (rows + shrink.block_ranks) * shrink.block_k * words
         expand_operands = (rows + expand.block_columns) * expand.block_ranks * words
     of_program = {
         "shrink": (sums + shrink_operands, shrink.warps),
-        "expand": (2 * y + expand_operands, expand.warps),  # sums, and what they are stored as
+        # Sums, and what they are stored as.
+        "expand": ((1 + words) * updates + expand_operands, expand.warps),
     }
     return {
         kernel: SPARE_REGISTERS + math.ceil(held / (32 * warps))

@@ -37,7 +37,7 @@ class ExpandTile:
     """How `h @ B` is cut; see `ShrinkTile`.
 
     Attributes:
-      block_columns: output columns that are added to at once.
+      block_columns: output columns that are written at once.
       blocks: of columns, one after the other, of a program.
       block_ranks: ranks multiplied at once.
     """

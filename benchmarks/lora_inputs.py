@@ -50,10 +50,6 @@ class Point:
         """Of a run, each on a layer of its own: enough that the host keeps up."""
         return LAYERS if self.tokens <= 256 else LAYERS // 2
 
-    @property
-    def variants(self) -> range:
-        return range(min(MOST_VARIANTS, self.groups))
-
     def checked_rows(self) -> np.ndarray:
         """`[N]` the rows whose results are compared."""
         return np.linspace(0, self.tokens - 1, min(self.tokens, CHECKED_ROWS)).astype(np.int32)

@@ -82,7 +82,7 @@ def latency(records: Sequence[Record]) -> Figure | None:
 
 def roofline(records: Sequence[Record]) -> Figure | None:
     """Products a second against products a byte, of our kernels under the device's roof."""
-    ours = [r for r in records if r["impl"] == "triton" and r["flops"]]
+    ours = [r for r in records if r["impl"] in ("triton", "mosaic") and r["flops"]]
     if not ours:
         return None
     figure, panels = _panels(1, 1, width=7, height=5)

@@ -66,7 +66,8 @@ def lora_merge(
     Raises:
       ValueError: the shapes contradict each other.
       NotImplementedError: weights or pools are not bfloat16, float16 or float32, or "mosaic" lacks
-        something for these: other dtypes than 16 bits, or columns that 64 does not divide.
+        something for these: another dtype than one of 16 bits, rows or columns of a part that 64
+        does not divide, no parts.
     """
     if merged_DE.shape != base_DE.shape or merged_DE.dtype != base_DE.dtype:
         raise ValueError(

@@ -29,11 +29,11 @@ PLACES = 3  # blocks that are on their way in or out at a time
 def refusal(base_DE: jax.Array, pools: Sequence[LoraPool], columns: Sequence[int]) -> str | None:
     """Why these cannot be merged by this implementation; None if they can."""
     if base_DE.dtype not in ("bfloat16", "float16"):
-        return f"{base_DE.dtype} weights"
+        return f"the weights are {base_DE.dtype}"
     if any(x.dtype != base_DE.dtype for pool in pools for x in (pool.a_RD, pool.b_RE)):
-        return f"pools of another dtype than {base_DE.dtype}"
+        return f"pools have another dtype than {base_DE.dtype}"
     if not pools:
-        return "no parts"
+        return "there are no parts"
     if base_DE.shape[0] % BLOCK_D:
         return f"D={base_DE.shape[0]} is no multiple of {BLOCK_D}"
     if _common_divisor(base_DE.shape[1], pools, columns) % NARROWEST_BLOCK_E:
@@ -108,9 +108,21 @@ def _block(nth, size: int):
 
 
 def _body(
-    layer, slot, base_DE, pools, out_DE, *, first_blocks, blocks: int, w_xde, loaded_x, a_xrd, b_re,
-    loaded_b, more,
-):  # fmt: skip
+    layer,
+    slot,
+    base_DE,
+    pools,
+    out_DE,
+    *,
+    first_blocks,
+    blocks: int,
+    w_xde,
+    loaded_x,
+    a_xrd,
+    b_re,
+    loaded_b,
+    more,
+):
     block_e = b_re.shape[1]
     block, first_d = jax.lax.axis_index("columns"), jax.lax.axis_index("rows") * blocks
     strip = _Strip(layer[0], slot[0], pools, block, first_blocks=first_blocks, block_e=block_e)
@@ -179,7 +191,7 @@ def lora_merge(merged_DE, base_DE, pools, layer, slot, *, columns):
       NotImplementedError: there is a `refusal`.
     """
     if (why := refusal(base_DE, pools, columns)) is not None:
-        raise NotImplementedError(f"'mosaic' does not merge {why}; use 'xla'")
+        raise NotImplementedError(f"'mosaic' does not merge these, {why}; use 'triton' or 'xla'")
     (D, E), dtype = base_DE.shape, base_DE.dtype
     block_e = math.gcd(_common_divisor(E, pools, columns), WIDEST_BLOCK_E)
     blocks = math.gcd(D // BLOCK_D, BLOCKS)

@@ -147,9 +147,9 @@ def test_the_copy_is_filled_in_place_by_one_executable(implementation, merge):
 @pytest.mark.parametrize(
     ("case", "dtype", "message"),
     [
-        (CASES["no_part"], "bfloat16", "no parts"),
-        (HOPPER_CASES["fused"], "float32", "float32 weights"),
-        ((40, 64, [(0, 64)]), "bfloat16", "D=40 is no multiple of 64"),
+        (CASES["no_part"], "bfloat16", "there are no parts"),
+        (HOPPER_CASES["fused"], "float32", "the weights are float32"),
+        ((40, 64, [(0, 64)]), "bfloat16", "D=40 is no multiple of 64; use 'triton' or 'xla'"),
         ((64, 128, [(32, 64)]), "bfloat16", "parts or gaps .* no multiples of 64 columns"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -131,9 +132,14 @@ def assemble(
         modes = _modes(config, max_tokens_per_step, runner, adapters, weights)
         adapters.on_forget = modes.forget
     if config.warm_up:
+        begin_s = time.monotonic()
         _warm_up(runner, adapters, modes, console)
+        seconds = time.monotonic() - begin_s
         tiles = "measured on this device" if tuned else "computed, see docs/tuning.md"
-        console.print(f"{runner.traces} compiled functions; tiles of LoRA on a GPU: {tiles}")
+        console.print(
+            f"{runner.traces} compiled functions in {seconds:.0f} s; "
+            f"tiles of LoRA on a GPU: {tiles}"
+        )
     # A CPU computes with the cores that plan: there is nothing to keep busy meanwhile.
     steps_ahead = config.steps_ahead or (1 if jax.default_backend() == "cpu" else 2)
     core = EngineCore(

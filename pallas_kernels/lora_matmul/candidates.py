@@ -17,6 +17,7 @@ from pallas_kernels.tuning.shapes import LinearShape
 STEPS = (
     (LINEAR, 8, (16,)),
     (LINEAR, 32, (16,)),
+    (LINEAR, 64, (16,)),
     (LORA, 4096, (64, 128)),
     (LORA, 512, (32, 64)),
     (LINEAR, 1, (16,)),

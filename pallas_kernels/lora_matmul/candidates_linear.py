@@ -4,8 +4,8 @@ import math
 
 from pallas_kernels.lora_matmul.candidates import REGISTERS, SPARE_REGISTERS, USUAL_RANKS, Task
 from pallas_kernels.lora_matmul.tiles import block_height, power_of_two
-from pallas_kernels.lora_matmul.tiles_linear import LinearTile
-from pallas_kernels.lora_matmul.tuned import ITEM_BYTES, linear_refusals
+from pallas_kernels.lora_matmul.tiles_linear import LinearTile, refusals
+from pallas_kernels.lora_matmul.tuned import ITEM_BYTES
 from pallas_kernels.tuning.search import Ladders
 
 
@@ -30,7 +30,7 @@ def legal(tile: LinearTile, task: Task) -> bool:
     shrink = tile.shrink
     return (
         tile.tile_rows == task.block_rows
-        and not linear_refusals(tile)
+        and not refusals(tile, rows=task.tokens, itemsize=ITEM_BYTES)
         and registers(tile, rows=task.tokens) <= REGISTERS
         and max(tile.block_k, shrink.block_k) <= power_of_two(task.linear.width)
         and shrink.splits < 2 * math.ceil(task.linear.width / shrink.block_k)

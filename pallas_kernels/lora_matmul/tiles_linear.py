@@ -11,7 +11,7 @@ from pallas_kernels.lora_matmul.tiles import (
     power_of_two,
 )
 
-MAX_ROWS = 32  # above, programs read about as much of x as of w
+MAX_ROWS = 64  # above, programs read more of x than of w
 MIN_PROGRAMS = 64  # fewer do not saturate an H100's memory
 
 
@@ -128,6 +128,17 @@ def refusals(tile: LinearTile, *, rows: int, itemsize: int) -> list[str]:
             f"it needs about {needed} bytes of shared memory, a program has {SHARED_MEMORY_BYTES}"
         )
     return found
+
+
+def fitted(tile: LinearTile, *, rows: int, itemsize: int) -> LinearTile:
+    """Returns a tile with fewer steps in flight, until it fits: more rows take more memory."""
+    while (
+        tile.stages > 1
+        and shared_memory_bytes(tile, rows=rows, itemsize=itemsize) > SHARED_MEMORY_BYTES
+    ):
+        shrink = dataclasses.replace(tile.shrink, stages=tile.stages - 1)
+        tile = dataclasses.replace(tile, shrink=shrink)
+    return tile
 
 
 def shared_memory_bytes(tile: LinearTile, *, rows: int, itemsize: int) -> int:

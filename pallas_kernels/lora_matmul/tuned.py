@@ -23,8 +23,8 @@ def _linear_height(tile: LinearTile) -> int:
 
 
 def linear_refusals(tile: LinearTile) -> list[str]:
-    """Rules that a tile breaks at some number of rows: a neighbour's entry serves any."""
-    return tiles_linear.refusals(tile, rows=MAX_ROWS, itemsize=ITEM_BYTES)
+    """Rules that a tile breaks at any number of rows: it is fitted to those of a call."""
+    return tiles_linear.refusals(tile, rows=1, itemsize=ITEM_BYTES)
 
 
 KINDS: dict[str, TileKind] = {
@@ -72,8 +72,7 @@ def linear_tile_for(
     key: Key, *, parts: int, tile_rows: int, itemsize: int, device: str
 ) -> LinearTile:
     """Returns the tile for a shape of so many parts; see `lora_tile_for`."""
-    measured = _measured(key, height=tile_rows, itemsize=itemsize, device=device)
-    return measured or linear_tile(
+    tile = _measured(key, height=tile_rows, itemsize=itemsize, device=device) or linear_tile(
         width=key.width,
         columns=key.columns,
         parts=parts,
@@ -81,6 +80,12 @@ def linear_tile_for(
         tile_rows=tile_rows,
         device=device,
     )
+    if parts == 1:
+        # Searches meet no mixture. Its lists have two blocks: of the adapter that is added, and of
+        # the one that is subtracted. One after the other they outlast the product of one linear.
+        shrink = dataclasses.replace(tile.shrink, rank_programs=max(2, tile.shrink.rank_programs))
+        tile = dataclasses.replace(tile, shrink=shrink)
+    return tiles_linear.fitted(tile, rows=key.tokens, itemsize=itemsize)
 
 
 def _measured(key: Key, *, height: int, itemsize: int, device: str) -> Any:

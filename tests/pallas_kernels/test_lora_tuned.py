@@ -130,14 +130,28 @@ def test_programs_along_the_rows_follow_the_rows(device, monkeypatch):
     assert tile_of_call(monkeypatch, rows=1).row_programs == 1
 
 
+def for_mixtures(tile):
+    """As a linear of one part takes it."""
+    return replaced(tile, "shrink.rank_programs", 2)
+
+
 def test_a_small_step_takes_the_tile_of_one_launch(device, monkeypatch):
     measured = linear_entry(key(8, op="linear"), row_programs=3, block_columns=32)
     ship(device, measured, entry(key(8), height=16))
-    assert linear_tile_of_call(monkeypatch, rows=8) == measured.tile
-    assert linear_tile_of_call(monkeypatch, rows=32).row_programs == 12
+    assert linear_tile_of_call(monkeypatch, rows=8) == for_mixtures(measured.tile)
+    assert linear_tile_of_call(monkeypatch, rows=16).row_programs == 6
     computed = tiles_linear.linear_tile(width=4096, columns=4096, parts=1, itemsize=4)
-    assert linear_tile_of_call(monkeypatch, rows=8, dtype=jnp.float32) == computed
-    assert linear_tile_of_call(monkeypatch, rows=8) == measured.tile
+    want = for_mixtures(computed)
+    assert linear_tile_of_call(monkeypatch, rows=8, dtype=jnp.float32) == want
+    assert linear_tile_of_call(monkeypatch, rows=8) == for_mixtures(measured.tile)
+
+
+def test_more_rows_keep_fewer_steps_in_flight_where_memory_ends(device, monkeypatch):
+    measured = linear_entry(key(32, op="linear"), block_columns=64, block_k=256)
+    ship(device, measured)
+    tile = linear_tile_of_call(monkeypatch, rows=tiles_linear.MAX_ROWS)
+    assert tile.stages < measured.tile.stages
+    assert tiles_linear.refusals(tile, rows=tiles_linear.MAX_ROWS, itemsize=2) == []
 
 
 @pytest.mark.parametrize("call", [dict(dtype=jnp.float32), dict(block_rows=32)])

@@ -20,6 +20,8 @@ FORMAT = 1
 FOLDER = Path(__file__).parents[1] / "tuned"
 # A tile says nothing about a shape of which a width is larger or smaller by more than this.
 FARTHEST_WIDTH = 4.0
+# Nor about a step whose rows are so many times more or fewer: the kernels' best height changes.
+FARTHEST_TOKENS = 4.0
 
 # How many adapters a step brings: about 1, 8 or 32; "any" where that is not known in advance.
 Segments = Literal["any", "few", "some", "many"]
@@ -110,7 +112,8 @@ class Table:
         """Returns the entry of a key, or of the nearest one of that operator and height.
 
         Nearest in the logarithm of the tokens, then in those of the widths, then in the class of
-        segments; of two as near, the larger. None if no shape within `FARTHEST_WIDTH` is known.
+        segments; of two as near, the larger. None if no shape within `FARTHEST_WIDTH` and nearer
+        than `FARTHEST_TOKENS` is known.
         """
         if (entry := self.entries.get((key, height))) is not None:
             return entry
@@ -119,6 +122,7 @@ class Table:
             for (other, at), entry in self.entries.items()
             if (other.op, at) == (key.op, height)
             and max(_width_octaves(other, key)) <= math.log2(FARTHEST_WIDTH)
+            and _is_near(other.tokens, key.tokens)
         ]
         return min(near, key=lambda entry: _distance(entry.key, key), default=None)
 
@@ -128,7 +132,7 @@ class Table:
         At the nearest number of tokens and class of segments, it is the one of the shortest times
         in geometric mean, over those shapes that were measured at every height.
         """
-        keys = {key for key, _ in self.entries if key.op == op}
+        keys = {key for key, _ in self.entries if key.op == op and _is_near(key.tokens, tokens)}
         if not keys:
             return None
         near = min(keys, key=lambda k: (_octaves(k.tokens, tokens), -k.tokens)).tokens
@@ -230,6 +234,10 @@ def _row(key: Key) -> dict[str, Any]:
 def _list(name: str, rows: Iterable[Mapping[str, Any]], *, end: str) -> list[str]:
     texts = [json.dumps(row) for row in rows]
     return [f'"{name}": [', *([",\n".join(texts)] if texts else []), f"]{end}"]
+
+
+def _is_near(known: int, tokens: int) -> bool:
+    return _octaves(known, tokens) < math.log2(FARTHEST_TOKENS)
 
 
 def _octaves(a: float, b: float) -> float:

@@ -141,7 +141,9 @@ def test_the_height_is_that_of_the_least_time_over_all_shapes():
     assert table.height("lora", tokens=600, segments="any") == 64
     table.add(entry(wide, height=64, us=40.0))
     assert table.height("lora", tokens=600, segments="some") == 32
-    assert table.height("lora", tokens=1, segments="any") == 16
+    assert table.height("lora", tokens=3, segments="any") == 16
+    # 128 rows are four times fewer, and eight rows sixteen: nothing is known.
+    assert table.height("lora", tokens=128, segments="any") is None
     assert table.height("merge", tokens=1, segments="any") is None
 
 

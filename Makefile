@@ -2,8 +2,9 @@
 
 PYTHON_VENV := .venv/bin/python
 READY := .venv/.ready
-LOCK := uv pip compile pyproject.toml --quiet --universal --python-version 3.12 \
-	--generate-hashes --no-emit-index-url --no-header -c requirements/pins.in
+HOPPER := .venv/hopper/.ready
+LOCK := uv pip compile --quiet --universal --python-version 3.12 --generate-hashes \
+	--no-emit-index-url --no-header -c requirements/pins.in
 
 .PHONY: help setup check test demo lock clean
 
@@ -22,16 +23,25 @@ check: setup ## Lint, format, types, and the floors between packages.
 	.venv/bin/basedpyright
 	$(PYTHON_VENV) -m pytest -q tests/test_floors.py
 
-test: check ## The checks, then every test that needs no GPU.
+# Compiles kernels for a Hopper GPU that is not there.
+$(HOPPER): requirements/hopper.txt | $(READY)
+	$(PYTHON_VENV) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+		--upgrade --target .venv/hopper -r requirements/hopper.txt
+	@touch $@
+
+test: check $(HOPPER) ## The checks, then every test that needs no GPU.
 	$(PYTHON_VENV) -m pytest -m "not gpu" -n 2 --dist loadfile
+	JAX_PLATFORMS=cpu PYTHONPATH=.venv/hopper $(PYTHON_VENV) -m pytest -n 2 \
+		tests/pallas_kernels/test_hopper_compile.py
 
 demo: setup ## Builds the demo model (once, in a cache folder) and asks it about pictures.
 	.venv/bin/valora demo
 
 lock: ## Resolves requirements/*.txt anew from pyproject.toml and pins.in; needs uv.
-	$(LOCK) --extra demo --extra dev -o requirements/dev.txt
-	$(LOCK) -c requirements/dev.txt -o requirements/base.txt
-	$(LOCK) -c requirements/dev.txt --extra cuda13 -o requirements/cuda13.txt
+	$(LOCK) pyproject.toml --extra demo --extra dev -o requirements/dev.txt
+	$(LOCK) pyproject.toml -c requirements/dev.txt -o requirements/base.txt
+	$(LOCK) pyproject.toml -c requirements/dev.txt --extra cuda13 -o requirements/cuda13.txt
+	$(LOCK) --group hopper -o requirements/hopper.txt
 
 clean: ## Removes .venv and every cache of the tools and tests.
 	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis

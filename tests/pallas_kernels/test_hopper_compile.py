@@ -1,4 +1,4 @@
-"""Tiles compile for an H100 that is not there; needs the packages of the `cuda13` extra.
+"""Tiles compile for an H100 that is not there; needs `requirements/hopper.txt`, see the Makefile.
 
 The CUDA plugin compiles for a described device as it does for a real one, ptxas included, but
 without trying which way is fastest. Where it is not installed, the lowering tests remain.
@@ -18,7 +18,7 @@ from pallas_kernels import lora_matmul as op
 from pallas_kernels.lora_matmul import api, tiles, tiles_linear, triton_linear
 from pallas_kernels.lora_merge import lora_merge
 from tests.pallas_kernels.test_lora_lowering import LINEARS, columns_of, pool_shapes
-from tests.pallas_kernels.test_tuned_tables import call_of, tiles_to_lower
+from tests.pallas_kernels.test_tuned_tables import PARTS, call_of, tiles_of_part
 
 # What XLA asks of a device, from a real one.
 H100 = """
@@ -139,7 +139,8 @@ def test_a_merge(compiled, width, widths):
     assert "copy(" not in text
 
 
-def test_tiles_of_tables(compiled):
-    for tile in tiles_to_lower():
+@pytest.mark.parametrize("part", range(PARTS))
+def test_tiles_of_tables(compiled, part):
+    for tile in tiles_of_part(part):
         fn, shapes = call_of(tile)
         assert "lora_" in compiled(fn, *shapes).as_text()

@@ -1,8 +1,4 @@
-"""The tables in the package: whole, and their tiles lower for a GPU.
-
-All of them were compiled where they were measured. Here it is some, in which every number of a
-table is.
-"""
+"""The tables in the package: whole, and every tile in them lowers for a GPU."""
 
 import functools
 import json
@@ -18,7 +14,6 @@ from pallas_kernels.lora_matmul.measure import RUNS
 from pallas_kernels.lora_matmul.tiles import LoraTile
 from pallas_kernels.lora_matmul.tune import SPACES
 from pallas_kernels.tuning import table as tuning_table
-from pallas_kernels.tuning.search import paths
 from pallas_kernels.tuning.shapes import LinearShape
 from pallas_kernels.tuning.table import Table, path_of
 from tests.pallas_kernels.hopper import launches, lower_for_hopper
@@ -36,20 +31,12 @@ def tables() -> list[Table]:
     return found
 
 
-def tiles_to_lower() -> list:
-    """Tiles of all tables, each with a number that those before it have not.
-
-    And computed ones, for the test to have some.
-    """
+def tiles_of_part(part: int) -> list:
+    """Tiles of all tables, each once, and computed ones, for the test to have some."""
     tasks = (Task(op=op, linear=SHAPE, tokens=8, block_rows=16) for op in SPACES)
-    found = [SPACES[task.op].start(task, "") for task in tasks]
-    known = {(type(tile), *number) for tile in found for number in paths(tile)}
-    for tile in (entry.tile for table in tables() for _, entry in sorted(table.entries.items())):
-        numbers = {(type(tile), *n) for n in paths(tile) if n[0] != "row_programs"}
-        if not numbers <= known:
-            found.append(tile)
-            known |= numbers
-    return found
+    computed = [SPACES[task.op].start(task, "") for task in tasks]
+    shipped = (entry.tile for table in tables() for _, entry in sorted(table.entries.items()))
+    return list(dict.fromkeys([*computed, *shipped]))[part::PARTS]
 
 
 def call_of(tile):
@@ -78,6 +65,6 @@ def shape(*size: int, dtype=jnp.bfloat16):
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_tiles_lower(part):
-    for tile in tiles_to_lower()[part::PARTS]:
+    for tile in tiles_of_part(part):
         fn, shapes = call_of(tile)
         assert launches(lower_for_hopper(fn, *shapes)) == (2 if isinstance(tile, LoraTile) else 1)

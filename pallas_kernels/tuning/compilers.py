@@ -105,8 +105,8 @@ def first_line(error: BaseException) -> str:
 
 
 def _begin() -> None:
-    # Ctrl-C reaches all processes of a terminal; who has started these ends them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches all processes of a terminal: these end at once, without a traceback each.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # A context on the device is all that a compiler needs of its memory.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"

@@ -1,10 +1,10 @@
 """What steps and merges cost on this device, learnt while serving.
 
 A step's time is close to linear in what it does: a fixed part for reading the weights, one for each
-decoding request, one for prompts and one for each of their tokens; with LoRA a fixed part again, one
-for prompts, one for each rank page that is read, one for each token that meets a rank page, and one
-for a mixture. `StepCosts` starts from the figures of one device and follows those of its own; what
-the line misses it corrects for each compiled shape.
+decoding request, one for prompts and one for each of their tokens; with LoRA a fixed part again,
+one for prompts, one for each rank page that is read, one for each token that meets a rank page, and
+one for a mixture. `StepCosts` starts from the figures of one device and follows those of its own;
+what the line misses it corrects for each compiled shape.
 """
 
 import dataclasses

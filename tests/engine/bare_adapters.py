@@ -3,14 +3,15 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 
-from tests.engine.engines import CONFIG, GOLDENS
+from tests.engine.engines import ADAPTERS, CONFIG, GOLDENS
 from valora_jax.engine.adapters import EngineAdapters
 from valora_jax.engine.request import Request
 from valora_jax.engine.sampling_params import SamplingParams
-from valora_jax.lora.host_store import AdapterRef
+from valora_jax.lora.host_store import AdapterInfo, AdapterRef
 from valora_jax.models import read_spec
 from valora_jax.models.loading import read_config
 
@@ -36,6 +37,11 @@ def bare_adapters() -> Iterator[Callable[..., EngineAdapters]]:
     yield make
     for adapters in made:
         adapters.close()
+
+
+def loaded(adapters: EngineAdapters, name: str, folder: Path | None = None) -> AdapterInfo:
+    """Loads a folder under a name; the golden adapter of that name if there is none."""
+    return adapters.register(adapters.read(name, folder or ADAPTERS / name))
 
 
 def request_of(adapter: AdapterRef | None) -> Request:

@@ -12,11 +12,13 @@ from tests.engine.bare_adapters import (
     B,
     acquired,
     bare_adapters,
+    loaded,
     request_of,
 )
 from tests.engine.engines import ADAPTERS, CONFIG
 from valora_jax.engine.adapters import EngineAdapters
 from valora_jax.errors import AdapterError, AdapterNotFoundError
+from valora_jax.lora.host_store import NewAdapter
 from valora_jax.lora.read import read_adapter
 
 
@@ -40,7 +42,7 @@ def reads_of(adapters: EngineAdapters, monkeypatch) -> list[str]:
 
 def test_a_request_holds_a_slot_and_the_base_model_none(adapters_of):
     adapters = adapters_of(max_adapters=1)
-    adapters.load(A, ADAPTERS / A)
+    loaded(adapters, A)
     with_a, base = request_of(adapters.hold(A)), request_of(None)
     assert acquired(adapters, with_a)
     assert adapters.acquire(base)
@@ -53,7 +55,7 @@ def test_a_request_holds_a_slot_and_the_base_model_none(adapters_of):
 def test_more_adapters_than_slots_wait_for_one(adapters_of):
     adapters = adapters_of(max_adapters=1)
     for name in (A, B):
-        adapters.load(name, ADAPTERS / name)
+        loaded(adapters, name)
     first, second = (request_of(adapters.hold(name)) for name in (A, B))
     assert acquired(adapters, first)
     assert not acquired(adapters, second)
@@ -64,7 +66,7 @@ def test_more_adapters_than_slots_wait_for_one(adapters_of):
 def test_who_waits_for_a_slot_reads_no_folder_again(adapters_of, monkeypatch):
     adapters = adapters_of(max_adapters=1, host_adapter_bytes=0)
     for name in (A, B):
-        adapters.load(name, ADAPTERS / name)
+        loaded(adapters, name)
     assert [info.in_memory for info in adapters.infos()] == [False, False]
     reads = reads_of(adapters, monkeypatch)
     first, second = (request_of(adapters.hold(name)) for name in (A, B))
@@ -79,8 +81,8 @@ def test_who_waits_for_a_slot_reads_no_folder_again(adapters_of, monkeypatch):
 def test_a_folder_that_changed_fails_its_request_and_holds_nothing(adapters_of, tmp_path):
     adapters = adapters_of(max_adapters=1, host_adapter_bytes=0)
     shutil.copytree(ADAPTERS / A, tmp_path / "a")
-    adapters.load("changed", tmp_path / "a")
-    adapters.load(B, ADAPTERS / B)
+    loaded(adapters, "changed", tmp_path / "a")
+    loaded(adapters, B)
     shutil.copytree(ADAPTERS / B, tmp_path / "a", dirs_exist_ok=True)
     broken, other = request_of(adapters.hold("changed")), request_of(adapters.hold(B))
     assert not acquired(adapters, broken)
@@ -96,11 +98,11 @@ def test_a_folder_that_changed_fails_its_request_and_holds_nothing(adapters_of, 
 
 def test_a_reloaded_name_is_a_new_version_and_the_old_one_goes_with_its_last_user(adapters_of):
     adapters = adapters_of()
-    adapters.load("name", ADAPTERS / A)
+    loaded(adapters, "name", ADAPTERS / A)
     old = adapters.hold("name")
     user = request_of(old)
     assert acquired(adapters, user)
-    adapters.load("name", ADAPTERS / VISION)
+    loaded(adapters, "name", ADAPTERS / VISION)
     new = adapters.hold("name")
     assert new != old
     assert [(info.ref, info.current) for info in adapters.infos()] == [(old, False), (new, True)]
@@ -113,7 +115,7 @@ def test_a_reloaded_name_is_a_new_version_and_the_old_one_goes_with_its_last_use
 
 def test_an_unloaded_adapter_finishes_and_then_leaves_the_device(adapters_of):
     adapters = adapters_of()
-    adapters.load(A, ADAPTERS / A)
+    loaded(adapters, A)
     user = request_of(adapters.hold(A))
     assert acquired(adapters, user)
     adapters.unload(A)
@@ -127,7 +129,7 @@ def test_an_unloaded_adapter_finishes_and_then_leaves_the_device(adapters_of):
 
 def test_a_version_says_where_it_is_and_what_it_takes(adapters_of):
     adapters = adapters_of(max_adapters=1)
-    ref, other = (adapters.load(name, ADAPTERS / name).ref for name in (A, WIDE))
+    ref, other = (loaded(adapters, name).ref for name in (A, WIDE))
     assert adapters.pages(other) == {"decoder.q": 4, "decoder.v": 4}
     assert adapters.slot_of(ref) is None
     user = request_of(ref)
@@ -141,7 +143,7 @@ def test_a_version_says_where_it_is_and_what_it_takes(adapters_of):
 def test_adapters_need_no_folder(adapters_of):
     adapters = adapters_of()
     adapter = read_adapter(ADAPTERS / A, name="made", target=TARGET)
-    info = adapters.register(adapter)
+    info = adapters.register(NewAdapter(adapter=adapter))
     assert adapters.infos() == [info]
     assert acquired(adapters, request_of(adapters.hold("made")))
 
@@ -149,10 +151,10 @@ def test_adapters_need_no_folder(adapters_of):
 def test_what_can_never_be_placed_is_refused_with_every_reason(adapters_of):
     adapters = adapters_of(lora_pages=2, max_classes=6, max_replaced_heads=0)
     with pytest.raises(AdapterError, match="needs 4 pages of rank rows, the device has 2") as error:
-        adapters.load("wide", ADAPTERS / WIDE)
+        loaded(adapters, "wide", ADAPTERS / WIDE)
     assert str(error.value).count("raise EngineConfig.lora_pages") == 2
     with pytest.raises(AdapterError, match=r"7 classes.*raise EngineConfig\.max_classes"):
-        adapters.load("classes", ADAPTERS / "a10_new_head")
+        loaded(adapters, "classes", ADAPTERS / "a10_new_head")
     assert adapters.infos() == []
 
 

@@ -13,6 +13,7 @@ from tests.engine.bare_adapters import (
     B,
     acquired,
     bare_adapters,
+    loaded,
     on_device,
     request_of,
     staged,
@@ -50,7 +51,7 @@ def held_back(adapters_of, monkeypatch):
 def test_waiting_requests_have_their_adapters_fetched_in_their_order(adapters_of):
     adapters = adapters_of(max_adapters=2)
     for name in (A, B, VISION, WIDE):
-        adapters.load(name, ADAPTERS / name)
+        loaded(adapters, name)
     waiting = [request_of(adapters.hold(name)) for name in (B, A, B, VISION, WIDE)]
     for _ in range(2):  # staged, then placed
         adapters.prefetch(waiting)
@@ -70,7 +71,7 @@ def test_waiting_requests_have_their_adapters_fetched_in_their_order(adapters_of
 
 def test_a_request_far_back_has_nothing_fetched(adapters_of):
     adapters = adapters_of()
-    adapters.load(A, ADAPTERS / A)
+    loaded(adapters, A)
     adapters.prefetch([*(request_of(None) for _ in range(50)), request_of(adapters.hold(A))])
     assert not adapters.wait()
 
@@ -78,7 +79,7 @@ def test_a_request_far_back_has_nothing_fetched(adapters_of):
 def test_who_comes_to_the_front_does_not_wait_for_those_behind(adapters_of):
     adapters = adapters_of(max_adapters=1)
     for name in (A, B, VISION, WIDE):
-        adapters.load(name, ADAPTERS / name)
+        loaded(adapters, name)
     running, *waiting, front = (request_of(adapters.hold(name)) for name in (A, B, VISION, WIDE))
     assert acquired(adapters, running)
     adapters.prefetch(waiting)
@@ -94,7 +95,7 @@ def test_who_comes_to_the_front_does_not_wait_for_those_behind(adapters_of):
 def test_others_go_on_while_an_adapter_comes(adapters_of, held_back):
     adapters = adapters_of()
     for name in (A, B):
-        adapters.load(name, ADAPTERS / name)
+        loaded(adapters, name)
     first, second = (request_of(adapters.hold(name)) for name in (A, B))
     assert acquired(adapters, first)
     go_on = held_back(adapters)
@@ -111,7 +112,7 @@ def test_others_go_on_while_an_adapter_comes(adapters_of, held_back):
 def test_one_reading_fails_all_who_asked_for_it_and_none_who_come_later(adapters_of, tmp_path):
     adapters = adapters_of(host_adapter_bytes=0)
     shutil.copytree(ADAPTERS / A, tmp_path / "a")
-    adapters.load(A, tmp_path / "a")
+    loaded(adapters, A, tmp_path / "a")
     requests = [request_of(adapters.hold(A)) for _ in range(3)]
     shutil.move(tmp_path / "a", tmp_path / "b")
     adapters.prefetch(requests)
@@ -127,7 +128,7 @@ def test_one_reading_fails_all_who_asked_for_it_and_none_who_come_later(adapters
 @pytest.mark.parametrize("when", ["under way", "ready"])
 def test_an_adapter_that_nobody_waits_for_any_more_does_not_come(adapters_of, held_back, when):
     adapters = adapters_of()
-    adapters.load(A, ADAPTERS / A)
+    loaded(adapters, A)
     requests = [request_of(adapters.hold(A)) for _ in range(2)]
     go_on = held_back(adapters)
     adapters.prefetch(requests)
@@ -144,7 +145,7 @@ def test_an_adapter_that_nobody_waits_for_any_more_does_not_come(adapters_of, he
 
 def test_an_adapter_unloaded_on_its_way_comes_for_those_who_hold_it(adapters_of, held_back):
     adapters = adapters_of()
-    adapters.load(A, ADAPTERS / A)
+    loaded(adapters, A)
     go_on, user = held_back(adapters), request_of(adapters.hold(A))
     adapters.prefetch([user])
     adapters.unload(A)
@@ -153,7 +154,7 @@ def test_an_adapter_unloaded_on_its_way_comes_for_those_who_hold_it(adapters_of,
     adapters.release(user)
     adapters.let_go(user.adapter)
     assert adapters._residency._residents == {}
-    adapters.load(A, ADAPTERS / A)
+    loaded(adapters, A)
     adapters.prefetch([request_of(adapters.resolve(A))])  # whose engine holds nothing
     adapters.unload(A)
     assert adapters._staging._held() == []
@@ -162,7 +163,7 @@ def test_an_adapter_unloaded_on_its_way_comes_for_those_who_hold_it(adapters_of,
 def test_closing_ends_what_is_under_way(adapters_of, held_back):
     adapters = adapters_of()
     for name in (A, B):
-        adapters.load(name, ADAPTERS / name)
+        loaded(adapters, name)
     go_on = held_back(adapters)
     adapters.prefetch([request_of(adapters.hold(name)) for name in (A, B)])
     threading.Timer(0, go_on.set).start()
@@ -173,7 +174,7 @@ def test_closing_ends_what_is_under_way(adapters_of, held_back):
 def test_a_pinned_adapter_comes_at_once_and_stays(adapters_of):
     adapters = adapters_of(max_adapters=2)
     for name in (A, B, VISION):
-        adapters.load(name, ADAPTERS / name)
+        loaded(adapters, name)
     for _ in range(2):
         adapters.pin(A)
     assert (on_device(adapters), adapters.uploads, adapters.placed) == ([A], 1, 0)
@@ -197,7 +198,7 @@ def test_a_pinned_adapter_comes_at_once_and_stays(adapters_of):
 
 def test_an_adapter_that_is_there_is_pinned_where_it_is(adapters_of):
     adapters = adapters_of(host_adapter_bytes=0)
-    adapters.load(A, ADAPTERS / A)
+    loaded(adapters, A)
     assert acquired(adapters, request_of(adapters.hold(A)))
     adapters.pin(A)
     assert (adapters.uploads, adapters.infos()[0].pinned) == (1, True)
@@ -206,14 +207,14 @@ def test_an_adapter_that_is_there_is_pinned_where_it_is(adapters_of):
 def test_pins_leave_a_place_to_every_other_adapter(adapters_of):
     adapters = adapters_of(max_adapters=2, lora_pages=4)
     for name in (A, B):
-        adapters.load(name, ADAPTERS / name)
+        loaded(adapters, name)
     adapters.pin(A)
     with pytest.raises(OutOfCapacityError, match="2 pinned adapters would take all 2 slots"):
         adapters.pin(B)
     with pytest.raises(AdapterError, match="the device has 3 beside 1 pinned adapters"):
-        adapters.load(WIDE, ADAPTERS / WIDE)
+        loaded(adapters, WIDE)
     adapters.unpin(A)
-    adapters.load(WIDE, ADAPTERS / WIDE)
+    loaded(adapters, WIDE)
     with pytest.raises(OutOfCapacityError, match=f"'{WIDE} version 3' needs 4 pages .* leave 3"):
         adapters.pin(A)
     assert not any(info.pinned for info in adapters.infos())
@@ -222,7 +223,7 @@ def test_pins_leave_a_place_to_every_other_adapter(adapters_of):
 def test_a_pinned_adapter_that_finds_no_place_comes_when_there_is_one(adapters_of):
     adapters = adapters_of(max_adapters=2)
     for name in (A, B, VISION):
-        adapters.load(name, ADAPTERS / name)
+        loaded(adapters, name)
     running = [request_of(adapters.hold(name)) for name in (A, B)]
     assert all(acquired(adapters, request) for request in running)
     adapters.pin(VISION)
@@ -236,20 +237,20 @@ def test_a_pinned_adapter_that_finds_no_place_comes_when_there_is_one(adapters_o
 
 def test_a_version_that_would_take_the_place_of_others_is_no_pinned_one(adapters_of):
     adapters = adapters_of(lora_pages=7)
-    adapters.load("name", ADAPTERS / A)
-    adapters.load(WIDE, ADAPTERS / WIDE)
+    loaded(adapters, "name", ADAPTERS / A)
+    loaded(adapters, WIDE)
     adapters.pin("name")
     with pytest.raises(AdapterError, match="needs 4 pages of rank rows, pinned ones would leave 3"):
-        adapters.load("name", ADAPTERS / WIDE)
+        loaded(adapters, "name", ADAPTERS / WIDE)
     assert [info.pinned for info in adapters.infos()] == [False, True]
-    adapters.load("name", ADAPTERS / B)
+    loaded(adapters, "name", ADAPTERS / B)
 
 
 def test_a_pin_moves_to_the_version_that_is_loaded_and_ends_with_the_name(adapters_of):
     adapters = adapters_of(max_adapters=2)
-    adapters.load("name", ADAPTERS / A)
+    loaded(adapters, "name", ADAPTERS / A)
     adapters.pin("name")
-    info = adapters.load("name", ADAPTERS / B)
+    info = loaded(adapters, "name", ADAPTERS / B)
     assert info.pinned
     assert (adapters.infos(), adapters.slot_of(info.ref) is not None) == ([info], True)
     adapters.unload("name")
@@ -260,7 +261,7 @@ def test_adapters_of_all_kinds_come_without_a_compilation(adapters_of):
     adapters = adapters_of()
     adapters.warm_up()
     for name in (A, VISION, WIDE, "a09_lm_head_saved", "a10_new_head"):
-        adapters.load(name, ADAPTERS / name)
+        loaded(adapters, name)
         user = request_of(adapters.hold(name))
         jax.config.update("jax_no_tracing", True)
         try:

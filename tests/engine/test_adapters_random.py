@@ -4,8 +4,7 @@ import random
 
 import pytest
 
-from tests.engine.bare_adapters import VISION, WIDE, A, B, bare_adapters, on_device, staged
-from tests.engine.engines import ADAPTERS
+from tests.engine.bare_adapters import VISION, WIDE, A, B, bare_adapters, loaded, on_device, staged
 from tests.engine.simulated_device import SimulatedDevice
 from valora_jax.engine.adapters import EngineAdapters
 from valora_jax.engine.kv_blocks import KVBlocks
@@ -81,7 +80,7 @@ def test_everybody_gets_their_adapter_whatever_else_happens(seed):
     with bare_adapters() as make:
         adapters = make(max_adapters=3, lora_pages=6, host_adapter_bytes=0)
         for name in NAMES:
-            adapters.load(name, ADAPTERS / name)
+            loaded(adapters, name)
         loop, pinned = Loop(adapters, seed=seed), None
         for _ in range(60):
             event = loop.random.choice(["add", "add", "abort", "reload", "pin", "turn", "turn"])
@@ -91,7 +90,7 @@ def test_everybody_gets_their_adapter_whatever_else_happens(seed):
                 loop.abort()
             elif event == "reload":
                 name = loop.random.choice(NAMES)
-                adapters.load(name, ADAPTERS / name)
+                loaded(adapters, name)
             elif event == "pin":
                 if pinned is not None:
                     adapters.unpin(pinned)

@@ -1,11 +1,13 @@
 """Requests go on while the adapters of others are on their way to the device."""
 
 import threading
+from concurrent import futures
 
 import pytest
 
 from tests.engine.engines import ADAPTERS, answer, engine_of, load
 from valora_jax.engine.sampling_params import SamplingParams
+from valora_jax.lora.read import read_adapter
 
 QUESTION = "USER: Which sign is closer? ASSISTANT:"
 LORA, OTHER = "a03_all_linear_lm_r16", "a19_attn_lm_r8_b"
@@ -36,6 +38,13 @@ def go_on(engine, monkeypatch):
     go_on.set()
 
 
+@pytest.fixture
+def aside():
+    """Runs a function in a thread of its own; returns what ends when it has."""
+    with futures.ThreadPoolExecutor() as threads:
+        yield threads.submit
+
+
 def uploads(engine) -> int:
     return engine.parts.core.adapters.uploads
 
@@ -54,6 +63,27 @@ def test_steps_of_others_run_while_an_adapter_is_on_its_way(engine, go_on):
     go_on.set()  # so that it is written between steps that use the first
     lasts = [[*stream][-1].outputs[0] for stream in (running, waiting)]
     assert (lasts, uploads(engine)) == (want, before + 1)
+    engine.unload_adapter("new")
+
+
+def test_steps_run_while_a_folder_is_read(engine, aside, monkeypatch):
+    reading, go_on = threading.Event(), threading.Event()
+
+    def read_later(*args, **kwargs):
+        reading.set()
+        assert go_on.wait(30)
+        return read_adapter(*args, **kwargs)
+
+    monkeypatch.setattr("valora_jax.engine.adapters.read_adapter", read_later)
+    loading = aside(engine.load_adapter, "new", ADAPTERS / OTHER)
+    assert reading.wait(30)
+    answering = aside(answer, engine, QUESTION, adapter=LORA, max_tokens=2)
+    try:
+        assert len(answering.result(30).token_ids) == 2
+        assert "new" not in {info.ref.name for info in engine.list_adapters()}
+    finally:
+        go_on.set()
+    assert loading.result(30).ref.name == "new"
     engine.unload_adapter("new")
 
 

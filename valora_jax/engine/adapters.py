@@ -20,7 +20,7 @@ from valora_jax.lora.blocks import pages_needed
 from valora_jax.lora.combine import Kind, combine, with_base
 from valora_jax.lora.device import DeviceAdapters, StagedAdapter
 from valora_jax.lora.heads import TaskHeads
-from valora_jax.lora.host_store import AdapterInfo, AdapterRef, HostStore
+from valora_jax.lora.host_store import AdapterInfo, AdapterRef, HostStore, NewAdapter
 from valora_jax.lora.read import read_adapter
 from valora_jax.lora.residency import Residency
 from valora_jax.lora.staging import Staging
@@ -82,28 +82,30 @@ class EngineAdapters:
         """Compiles the writes; before any adapter is placed."""
         self._device.warm_up()
 
-    def load(self, name: str, folder: Path) -> AdapterInfo:
-        """Reads an adapter folder and gives its name this new version.
+    def read(self, name: str, folder: Path) -> NewAdapter:
+        """Reads an adapter folder, for `register`; safe in any thread.
 
         Raises:
-          AdapterError: it does not fit the model, or is too large for the device's pool.
+          AdapterError: it does not fit the model.
           NotImplementedError: it is of a kind that is not served.
           TensorFileError: its file is damaged.
         """
-        return self.register(self._read(folder, name), path=folder)
+        return NewAdapter.of_folder(folder, self._read(folder, name))
 
-    def register(self, adapter: Adapter, *, path: Path | None = None) -> AdapterInfo:
+    def combined(self, name: str, parts: Mapping[str, float], *, kind: Kind) -> NewAdapter:
+        """Makes an adapter of loaded ones, see `lora.combine.combine`; safe in any thread."""
+        adapters = [(self._store.get(self._store.resolve(p)), w) for p, w in parts.items()]
+        return NewAdapter(adapter=combine(name, adapters, kind=kind))
+
+    def register(self, new: NewAdapter) -> AdapterInfo:
         """Gives an adapter's name this new version. The pin of a name moves to it, too.
-
-        Args:
-          adapter: one that does not need the base any more.
-          path: the folder that it can be read from again; without one it stays in memory.
 
         Raises:
           AdapterError: it is too large for what pinned adapters leave of the device's pool, or, as
             a pinned one, would leave too little to others.
           OutOfCapacityError: too many adapters without a folder are in memory.
         """
+        adapter = new.adapter
         need, old = pages_needed(adapter), self._pinned(adapter.name)
         faults = [
             *self._residency.refusals(need, instead_of=old),
@@ -115,7 +117,7 @@ class EngineAdapters:
             faults = self._residency.pin_refusals(need, others, instead_of=old)
         if faults:
             raise AdapterError(adapter.name, faults)
-        ref = self._store.register(adapter, path=path)
+        ref = self._store.register(new)
         self._needs[ref] = need
         if adapter.task_head is not None:
             self._classes[ref] = adapter.task_head.weight_CD.shape[0]
@@ -126,11 +128,6 @@ class EngineAdapters:
         for gone in self._needs.keys() - known.keys():
             self._forget(gone)
         return known[ref]
-
-    def combine(self, name: str, parts: Mapping[str, float], *, kind: Kind) -> AdapterInfo:
-        """Makes an adapter of loaded ones; see `lora.combine.combine`."""
-        adapters = [(self._store.get(self._store.resolve(p)), w) for p, w in parts.items()]
-        return self.register(combine(name, adapters, kind=kind))
 
     def unload(self, name: str) -> None:
         """Takes the name and its pin away at once; requests that use the version finish on it."""

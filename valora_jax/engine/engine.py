@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from valora_jax.config import EngineConfig
 from valora_jax.engine.adapters import EngineAdapters
 from valora_jax.engine.generation import CheckedPrompt, Generation, Prompts, one_each
 from valora_jax.engine.metrics import EngineMetrics
 from valora_jax.engine.outputs import ClassificationOutput, RequestOutput
+from valora_jax.engine.progress import generating
 from valora_jax.engine.sampling_params import SamplingParams
 from valora_jax.engine.start import Parts, start
 from valora_jax.errors import AdapterNotFoundError, OutOfCapacityError
@@ -206,14 +205,16 @@ class Engine:
     def load_adapter(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:
         """Loads a PEFT or original LLaVA adapter folder; the reply says what was bound.
 
-        A loaded name gets a new version; requests in the engine finish on the old one.
+        A loaded name gets a new version; requests in the engine finish on the old one. Steps of
+        other threads go on while the folder is read.
 
         Raises:
           AdapterError: it does not fit; lists every fault.
           NotImplementedError: it is of a kind that is not served.
           TensorFileError: a file is damaged.
         """
-        return self._with_adapters(lambda adapters: adapters.load(name, Path(path)))
+        new = self._adapters.read(name, Path(path))
+        return self._with_adapters(lambda adapters: adapters.register(new))
 
     def unload_adapter(self, name: str) -> None:
         """Takes a name away; requests in the engine finish. Raises AdapterNotFoundError."""
@@ -249,18 +250,23 @@ class Engine:
           AdapterNotFoundError: a part is not loaded.
           ValueError: the parts cannot be combined that way.
         """
-        return self._with_adapters(lambda adapters: adapters.combine(name, parts, kind=kind))
+        new = self._adapters.combined(name, parts, kind=kind)
+        return self._with_adapters(lambda adapters: adapters.register(new))
 
     def metrics(self) -> EngineMetrics:
         """What the engine has counted so far."""
         with self._lock:
             return EngineMetrics.of(self._core)
 
-    def _with_adapters[Result](self, do: Callable[[EngineAdapters], Result]) -> Result:
+    @property
+    def _adapters(self) -> EngineAdapters:
         if self._core.adapters is None:
             raise ValueError("this engine serves no adapters; raise EngineConfig.max_adapters")
+        return self._core.adapters
+
+    def _with_adapters[Result](self, do: Callable[[EngineAdapters], Result]) -> Result:
         with self._lock:
-            return do(self._core.adapters)
+            return do(self._adapters)
 
     def _check_adapters(self, names: Sequence[str | None]) -> None:
         loaded = {info.ref.name for info in self.list_adapters() if info.current}
@@ -287,15 +293,13 @@ class Engine:
             except Exception:
                 for ref in held:
                     if ref is not None:
-                        self._with_adapters(lambda adapters, ref=ref: adapters.let_go(ref))
+                        self._adapters.let_go(ref)
                 raise
             self._generations[generation.id] = generation
             return generation
 
     def _hold(self, adapter: str | None) -> AdapterRef | None:
-        if adapter is None:
-            return None
-        return self._with_adapters(lambda adapters: adapters.hold(adapter))
+        return None if adapter is None else self._adapters.hold(adapter)
 
     def _run_all(
         self,
@@ -306,11 +310,8 @@ class Engine:
     ) -> list[Generation]:
         """Runs prompts to completion, queueing as many as there is room for."""
         started: list[Generation] = []
-        columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        columns += (TextColumn("{task.fields[tokens]} tokens"),)
         try:
-            with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-                task = bar.add_task("generating", total=len(checked), tokens=0)
+            with generating(len(checked), shown=shown) as show:
                 while not (len(started) == len(checked) and all(g.finished for g in started)):
                     try:
                         while len(started) < len(checked):
@@ -320,8 +321,7 @@ class Engine:
                         if not self._core.has_work:
                             raise
                     self._step()
-                    finished = sum(g.finished for g in started)
-                    bar.update(task, completed=finished, tokens=sum(g.tokens for g in started))
+                    show(sum(g.finished for g in started), sum(g.tokens for g in started))
         finally:
             for generation in started:
                 self.abort(generation.id)

@@ -24,6 +24,26 @@ class AdapterRef:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class NewAdapter:
+    """An adapter to register.
+
+    Attributes:
+      adapter: one that does not need the base any more.
+      path: the folder that it can be read from again; None if there is none.
+      fingerprint: of what is there.
+    """
+
+    adapter: Adapter
+    path: Path | None = None
+    fingerprint: str | None = None
+
+    @classmethod
+    def of_folder(cls, path: Path, adapter: Adapter) -> "NewAdapter":
+        """One that was read from a folder; looks at every number for the fingerprint."""
+        return cls(adapter=adapter, path=path, fingerprint=adapter.fingerprint())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterInfo:
     """One version, for people and front ends.
 
@@ -76,24 +96,21 @@ class HostStore:
         self._current: dict[str, AdapterRef] = {}
         self._lock = threading.Lock()
 
-    def register(self, adapter: Adapter, *, path: Path | None) -> AdapterRef:
+    def register(self, new: NewAdapter) -> AdapterRef:
         """Adds a version and lets the adapter's name mean it.
-
-        Args:
-          adapter: one that does not need the base any more.
-          path: the folder that it can be read from again; None if there is none.
 
         Raises:
           ValueError: the adapter still needs the base.
           OutOfCapacityError: what cannot be read again would exceed `max_bytes`.
         """
+        adapter = new.adapter
         if adapter.needs_base:
             raise ValueError(f"adapter {adapter.name!r} has replaced weights; call with_base first")
         version = _Version(
             ref=AdapterRef(name=adapter.name, version=next(self._numbers)),
             adapter=adapter,
-            path=path,
-            fingerprint=None if path is None else adapter.fingerprint(),
+            path=new.path,
+            fingerprint=new.fingerprint,
             source=adapter.source,
             bound=adapter.bound(),
             size_bytes=adapter.size_bytes,

@@ -20,6 +20,7 @@ from valora_jax.engine.orchestrator import StepRan
 from valora_jax.engine.policies import make_policy
 from valora_jax.engine.rounds import Adapter, AdapterTraits, Copy, Servable
 from valora_jax.engine.start import Parts, start
+from valora_jax.lora.host_store import NewAdapter
 from valora_jax.replay.arrivals import Arrival, at_once, without_adapters
 from valora_jax.replay.driver import drive
 from valora_jax.replay.outcome import Outcome, RanStep, Served
@@ -86,7 +87,7 @@ class LiveSystem:
         self._core, self._adapters, self._modes = core, core.adapters, core.modes
         self._prompts = Prompts(parts, seed=settings.seed)
         self._refs = [
-            core.adapters.register(adapter).ref
+            core.adapters.register(NewAdapter(adapter=adapter)).ref
             for adapter in random_adapters(
                 parts.spec.adapter_target,
                 number=adapters,

@@ -113,7 +113,7 @@ offers = dict(
 )
 
 
-@hypothesis.settings(max_examples=2000)
+@hypothesis.settings(max_examples=500)
 @hypothesis.given(**offers)
 def test_nobody_waits_longer_than_theta_and_a_step(trace, device, load, theta_s, burst):
     check_wait(trace, device, load, theta_s, burst)
@@ -122,11 +122,13 @@ def test_nobody_waits_longer_than_theta_and_a_step(trace, device, load, theta_s,
 @hypothesis.settings(max_examples=300)
 @hypothesis.given(**offers)
 def test_theta_alone_bounds_the_wait(trace, device, load, theta_s, burst):
-    def for_ever(some_ms, everybody_ms, held):
-        return 10**6, some_ms / 2
-
     with mock.patch.object(valora_policy, "_hold_back", for_ever):
         check_wait(trace, device, load, theta_s, burst)
+
+
+def for_ever(some_ms, everybody_ms, held):
+    """In place of what would pay: all steps but those that theta asks for."""
+    return 10**6, some_ms / 2
 
 
 def check_wait(trace, device, load, theta_s, burst) -> None:
@@ -147,6 +149,14 @@ def keeps_up(trace, device, wait_s) -> bool:
     """Whether first come, first served, with everybody unmerged, lets nobody wait so long."""
     run = Simulation(trace, Unmerged(), device=device, limits=LIMITS, traits=traits).run()
     return longest_wait_s(run) <= wait_s
+
+
+def test_of_those_who_wait_the_last_is_served_by_theta():
+    prompts = [Arrival(at_s=1.0, adapter=2, prompt_tokens=250, output_tokens=1)] * 6
+    with mock.patch.object(valora_policy, "_hold_back", for_ever):
+        run = simulation(arrivals(*[(0.0, 0, 400)] * 2) + prompts, max_wait_s=0.5)
+        steps_of(run)
+    assert 0.4 < longest_wait_s(run) < 0.5
 
 
 def test_one_request_of_many_is_served_every_few_steps_where_lora_is_heavy():

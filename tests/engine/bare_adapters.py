@@ -44,6 +44,13 @@ def loaded(adapters: EngineAdapters, name: str, folder: Path | None = None) -> A
     return adapters.register(adapters.read(name, folder or ADAPTERS / name))
 
 
+def pinned(adapters: EngineAdapters, name: str) -> None:
+    """Pins an adapter and waits for it, as the engine does."""
+    ref = adapters.pin(name)
+    while adapters.coming(ref):
+        adapters.wait()
+
+
 def request_of(adapter: AdapterRef | None) -> Request:
     return Request(
         id="r", prompt_token_ids=[1], params=SamplingParams(max_tokens=1), adapter=adapter

@@ -15,6 +15,7 @@ from tests.engine.bare_adapters import (
     bare_adapters,
     loaded,
     on_device,
+    pinned,
     request_of,
     staged,
 )
@@ -176,7 +177,7 @@ def test_a_pinned_adapter_comes_at_once_and_stays(adapters_of):
     for name in (A, B, VISION):
         loaded(adapters, name)
     for _ in range(2):
-        adapters.pin(A)
+        pinned(adapters, A)
     assert (on_device(adapters), adapters.uploads, adapters.placed) == ([A], 1, 0)
     assert [info.pinned for info in adapters.infos()] == [True, False, False]
     for name in (B, VISION):
@@ -196,6 +197,42 @@ def test_a_pinned_adapter_comes_at_once_and_stays(adapters_of):
         adapters.pin("nobody")
 
 
+def test_a_pinned_adapter_that_somebody_waits_for_comes_once(adapters_of):
+    adapters = adapters_of()
+    loaded(adapters, A)
+    user = request_of(adapters.hold(A))
+    adapters.pin(A)
+    for _ in range(3):
+        adapters.prefetch([user])
+        staged(adapters)
+    assert (on_device(adapters), adapters.uploads, adapters._staging._held()) == ([A], 1, [])
+
+
+def test_a_pinned_adapter_comes_though_its_request_is_gone(adapters_of, held_back):
+    adapters = adapters_of()
+    loaded(adapters, A)
+    go_on, ref = held_back(adapters), adapters.pin(A)
+    assert adapters.coming(ref)
+    adapters.let_go(adapters.hold(A))
+    assert adapters.coming(ref)
+    go_on.set()
+    pinned(adapters, A)
+    assert on_device(adapters) == [A]
+
+
+def test_one_that_cannot_be_read_again_is_not_pinned(adapters_of, tmp_path):
+    adapters = adapters_of(host_adapter_bytes=0)
+    shutil.copytree(ADAPTERS / A, tmp_path / "a")
+    loaded(adapters, A, tmp_path / "a")
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    with pytest.raises((ValueError, OSError), match="a"):
+        pinned(adapters, A)
+    assert not adapters.infos()[0].pinned
+    shutil.move(tmp_path / "b", tmp_path / "a")
+    pinned(adapters, A)
+    assert on_device(adapters) == [A]
+
+
 def test_an_adapter_that_is_there_is_pinned_where_it_is(adapters_of):
     adapters = adapters_of(host_adapter_bytes=0)
     loaded(adapters, A)
@@ -208,7 +245,7 @@ def test_pins_leave_a_place_to_every_other_adapter(adapters_of):
     adapters = adapters_of(max_adapters=2, lora_pages=4)
     for name in (A, B):
         loaded(adapters, name)
-    adapters.pin(A)
+    pinned(adapters, A)
     with pytest.raises(OutOfCapacityError, match="2 pinned adapters would take all 2 slots"):
         adapters.pin(B)
     with pytest.raises(AdapterError, match="the device has 3 beside 1 pinned adapters"):
@@ -226,7 +263,7 @@ def test_a_pinned_adapter_that_finds_no_place_comes_when_there_is_one(adapters_o
         loaded(adapters, name)
     running = [request_of(adapters.hold(name)) for name in (A, B)]
     assert all(acquired(adapters, request) for request in running)
-    adapters.pin(VISION)
+    pinned(adapters, VISION)
     assert VISION not in on_device(adapters)
     adapters.prefetch([])
     staged(adapters)
@@ -239,7 +276,7 @@ def test_a_version_that_would_take_the_place_of_others_is_no_pinned_one(adapters
     adapters = adapters_of(lora_pages=7)
     loaded(adapters, "name", ADAPTERS / A)
     loaded(adapters, WIDE)
-    adapters.pin("name")
+    pinned(adapters, "name")
     with pytest.raises(AdapterError, match="needs 4 pages of rank rows, pinned ones would leave 3"):
         loaded(adapters, "name", ADAPTERS / WIDE)
     assert [info.pinned for info in adapters.infos()] == [False, True]
@@ -249,9 +286,12 @@ def test_a_version_that_would_take_the_place_of_others_is_no_pinned_one(adapters
 def test_a_pin_moves_to_the_version_that_is_loaded_and_ends_with_the_name(adapters_of):
     adapters = adapters_of(max_adapters=2)
     loaded(adapters, "name", ADAPTERS / A)
-    adapters.pin("name")
+    pinned(adapters, "name")
     info = loaded(adapters, "name", ADAPTERS / B)
     assert info.pinned
+    for _ in range(2):  # staged, then placed
+        adapters.prefetch([])
+        staged(adapters)
     assert (adapters.infos(), adapters.slot_of(info.ref) is not None) == ([info], True)
     adapters.unload("name")
     assert (adapters.infos(), adapters._residency.pinned) == ([], ())

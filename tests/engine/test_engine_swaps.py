@@ -87,6 +87,19 @@ def test_steps_run_while_a_folder_is_read(engine, aside, monkeypatch):
     engine.unload_adapter("new")
 
 
+def test_steps_run_while_a_pinned_adapter_is_on_its_way(engine, go_on, aside):
+    ref = engine.load_adapter("new", ADAPTERS / OTHER).ref
+    pinning = aside(engine.pin_adapter, "new")
+    for _ in range(2):
+        assert len(answer(engine, QUESTION, adapter=LORA, max_tokens=2).token_ids) == 2
+    assert ref not in engine.metrics().resident
+    assert not pinning.done()
+    go_on.set()
+    pinning.result(30)
+    assert ref in engine.metrics().resident
+    engine.unload_adapter("new")
+
+
 @pytest.mark.parametrize("end", ["abort", "unload"])
 def test_a_request_may_end_while_its_adapter_is_on_its_way(engine, go_on, end):
     engine.load_adapter("new", ADAPTERS / OTHER)

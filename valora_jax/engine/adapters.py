@@ -123,7 +123,7 @@ class EngineAdapters:
             self._classes[ref] = adapter.task_head.weight_CD.shape[0]
         if old is not None:
             self._residency.unpin(old)
-            self._pin(ref, adapter)
+            self._residency.pin(ref, need)
         known = {info.ref: info for info in self.infos()}
         for gone in self._needs.keys() - known.keys():
             self._forget(gone)
@@ -135,27 +135,42 @@ class EngineAdapters:
         self._residency.unpin(ref)
         self._forget_if_gone(ref)
 
-    def pin(self, name: str) -> None:
-        """Lets an adapter stay on the device, from now on or, while requests in progress take up
-        the room, from when they leave it.
+    def pin(self, name: str) -> AdapterRef:
+        """Lets an adapter stay on the device from when it is there, see `coming`.
 
         Raises:
           AdapterNotFoundError: there is no such name.
           OutOfCapacityError: with all pins, some other adapter would never find a place.
-          ValueError, OSError, NotImplementedError: its folder changed or went away after its
-            arrays were dropped.
         """
         ref, pinned = self.resolve(name), self._residency.pinned
         if ref in pinned:
-            return
+            return ref
         faults = self._residency.pin_refusals(self._needs[ref], self._needs_but([*pinned, ref]))
         if faults:
             reasons = "\n  ".join(faults)
             raise OutOfCapacityError(f"adapter {name!r} cannot be pinned:\n  {reasons}")
-        if ref in self._residency:
-            self._residency.pin(ref, self._needs[ref])
-        else:
-            self._pin(ref, self._store.get(ref))
+        self._residency.pin(ref, self._needs[ref])
+        return ref
+
+    def coming(self, ref: AdapterRef) -> bool:
+        """Brings a pinned version to the device; does not wait.
+
+        Returns:
+          Whether it is on its way: not if it is there, lacks nothing but room, or is not pinned.
+
+        Raises:
+          ValueError, OSError, NotImplementedError: it was to be read again, and its folder changed
+            or went away. It is pinned no more.
+        """
+        if ref not in self._residency.pinned:
+            return False
+        self._bring()
+        if (error := self._staging.error(ref)) is not None:
+            self._residency.unpin(ref)
+            self._staging.drop(ref)
+            raise error
+        ready = ref in self._residency or self._staging.get(ref) is not None
+        return not ready and self._staging.busy
 
     def unpin(self, name: str) -> None:
         """Lets an adapter go when its place is needed; one that is not pinned stays as it is.
@@ -184,7 +199,7 @@ class EngineAdapters:
 
     def let_go(self, ref: AdapterRef) -> None:
         self._store.release(ref)
-        if not self._store.users(ref):
+        if not self._store.users(ref) and ref not in self._residency.pinned:
             self._staging.drop(ref)
         self._forget_if_gone(ref)
 
@@ -197,13 +212,10 @@ class EngineAdapters:
         Args:
           requests: all that wait, in their order.
         """
-        self._staging.collect()
         first = itertools.islice(requests, _LOOKAHEAD_REQUESTS)
         wanted = dict.fromkeys(r.adapter for r in first if r.adapter is not None)
         self._residency.want(wanted)
-        missing = [*self._residency.pinned, *wanted]
-        missing = [ref for ref in missing if ref not in self._residency]
-        self._staging.prefer([ref for ref in missing if not self._place_staged(ref)])
+        self._bring()
 
     def wait(self) -> bool:
         """Waits a moment for an adapter that is on its way to the device.
@@ -297,6 +309,13 @@ class EngineAdapters:
     def _stage(self, ref: AdapterRef) -> StagedAdapter:
         return self._device.stage(self._store.get(ref))
 
+    def _bring(self) -> None:
+        """Places what is pinned or wanted and ready for it, and has what comes next made ready."""
+        self._staging.collect()
+        missing = dict.fromkeys([*self._residency.pinned, *self._residency.wanted])
+        missing = [ref for ref in missing if ref not in self._residency]
+        self._staging.prefer([ref for ref in missing if not self._place_staged(ref)])
+
     def _place_staged(self, ref: AdapterRef) -> bool:
         """Writes a version to a place, if it is staged and there is one."""
         if (staged := self._staging.get(ref)) is None:
@@ -306,14 +325,6 @@ class EngineAdapters:
         self._device.write(staged, placement)
         self._staging.drop(ref)
         return True
-
-    def _pin(self, ref: AdapterRef, adapter: Adapter) -> None:
-        """Pins a version that has no place, and gives it one if there is one now."""
-        staged = self._device.stage(adapter)
-        self._staging.drop(ref)
-        self._residency.pin(ref, self._needs[ref])
-        if (placement := self._residency.place(ref, self._needs[ref])) is not None:
-            self._device.write(staged, placement)
 
     def _pinned(self, name: str) -> AdapterRef | None:
         """The version of a name that is pinned."""

@@ -178,8 +178,7 @@ class Engine:
         names = one_each("adapter", adapter, len(prompts))
         self._check_adapters(names)
         for name in names:
-            classes = self._with_adapters(lambda a, name=name: name and a.classes(a.resolve(name)))
-            if not classes:
+            if not self._with_adapters(lambda a, name=name: name and a.classes(a.resolve(name))):
                 raise ValueError(f"adapter {name!r} has no task head; call generate")
         done = self._run_once(prompts, names, classify=True)
         return self._with_adapters(lambda a: [g.classified(a.classes) for g in done])
@@ -205,8 +204,8 @@ class Engine:
     def load_adapter(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:
         """Loads a PEFT or original LLaVA adapter folder; the reply says what was bound.
 
-        A loaded name gets a new version; requests in the engine finish on the old one. Steps of
-        other threads go on while the folder is read.
+        A loaded name gets a new version; requests in the engine finish on the old one, and steps go
+        on while the folder is read.
 
         Raises:
           AdapterError: it does not fit; lists every fault.
@@ -221,13 +220,17 @@ class Engine:
         self._with_adapters(lambda adapters: adapters.unload(name))
 
     def pin_adapter(self, name: str) -> None:
-        """Keeps an adapter on the device, its later versions included, until `unpin_adapter`.
+        """Brings an adapter to the device while steps go on, and keeps it there, as well as
+        later versions. If requests in progress take up the room, it comes when they leave it.
 
         Raises:
           AdapterNotFoundError: there is no such name.
           OutOfCapacityError: some other adapter would never find a place.
+          ValueError, OSError: it was to be read again, and its folder changed or went away.
         """
-        self._with_adapters(lambda adapters: adapters.pin(name))
+        ref = self._with_adapters(lambda adapters: adapters.pin(name))
+        while self._with_adapters(lambda adapters: adapters.coming(ref)):
+            self._step()
 
     def unpin_adapter(self, name: str) -> None:
         """Lets an adapter go when its place is needed. Raises AdapterNotFoundError."""

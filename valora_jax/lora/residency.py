@@ -129,6 +129,11 @@ class Residency:
         """Lets a version go again when its place is needed; it may not be pinned at all."""
         self._pinned.pop(ref, None)
 
+    @property
+    def wanted(self) -> tuple[AdapterRef, ...]:
+        """What `want` said last."""
+        return tuple(self._wanted)
+
     def want(self, refs: Iterable[AdapterRef]) -> None:
         """Says whom the waiting requests want, in the order of the queue, in place of the last."""
         self._wanted = {ref: position for position, ref in enumerate(refs)}

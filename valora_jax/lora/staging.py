@@ -57,6 +57,11 @@ class Staging[Blocks]:
         """What kept a version from being made; None if nothing did."""
         return self._failed.get(ref)
 
+    @property
+    def busy(self) -> bool:
+        """Whether something is under way, as far as has been collected."""
+        return bool(self._asked)
+
     def drop(self, ref: AdapterRef) -> None:
         """Forgets a version; what is under way is freed once the thread is done with it."""
         if (future := self._asked.pop(ref, None)) is not None:

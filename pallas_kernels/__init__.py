@@ -2,3 +2,5 @@
 
 Usable without the rest: they take plain arrays and small pytrees, and know no model.
 """
+
+from pallas_kernels import triton_dialect as triton_dialect

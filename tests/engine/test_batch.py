@@ -55,6 +55,17 @@ def test_so_do_those_of_scores_and_of_images():
     assert BatchLayout.of_scores().shapes["target"] == (SCORE_ROWS,)
 
 
+def test_a_buffer_begins_with_how_its_rows_are_sampled():
+    step = BatchLayout.of(Bucket(tokens=9, decodes=2, chunks=3, rows=5), request_pages=2)
+    rows = BatchLayout.of_rows(5)
+    check_round_trip(rows, 3)
+    packed, fields = step.buffer()
+    want = random_bits({name: fields[name] for name in rows.shapes}, seed=4)
+    got = rows.unpack(jax.numpy.asarray(packed[: rows.size]))
+    for name, field in want.items():
+        np.testing.assert_array_equal(got[name], field, err_msg=name)
+
+
 def test_unpacking_is_traced_into_slices_without_a_gather():
     layout = BatchLayout.of(Bucket(tokens=4, decodes=2, chunks=3, rows=2), request_pages=2)
     packed, fields = layout.buffer()

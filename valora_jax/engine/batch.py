@@ -44,15 +44,22 @@ class BatchLayout:
         """
         T, D, C, S, W = bucket.tokens, bucket.decodes, bucket.chunks, bucket.rows, request_pages
         per_token = ("token", "token_row", "position", "page", "offset", "feature_row", "adapter")
-        per_row = ("sample_index", "state_row", "step", "seed", "top_k", *sorted(_FLOATS))
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(per_token, (T,))
-        shapes |= dict.fromkeys(per_row, (S,))
-        shapes |= {"banned": (S, MAX_BANNED), "wants_logprobs": (), "merged": ()}
+        shapes = dict(cls.of_rows(S).shapes)
+        shapes |= dict.fromkeys(per_token, (T,))
+        shapes |= {"sample_index": (S,), "merged": ()}
         shapes |= {"decode_kv_len": (D,), "decode_page": (D, W), "decode_count": ()}
         if C:
             shapes |= dict.fromkeys(("chunk_start", "chunk_len", "chunk_kv_len"), (C,))
             shapes |= {"chunk_page": (C, W), "chunk_count": ()}
         return cls(shapes=shapes)
+
+    @classmethod
+    def of_rows(cls, rows: int) -> "BatchLayout":
+        """How a step's rows are sampled. Every step's buffer begins with it, so that steps of as
+        many rows share one function that samples."""
+        per_row = ("state_row", "step", "seed", "top_k", *sorted(_FLOATS))
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(per_row, (rows,))
+        return cls(shapes=shapes | {"banned": (rows, MAX_BANNED), "wants_logprobs": ()})
 
     @classmethod
     def of_scores(cls) -> "BatchLayout":

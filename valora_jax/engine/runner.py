@@ -5,8 +5,7 @@ Decides nothing. Calls enqueue work and return; `InFlight.read` waits for its re
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -25,16 +24,10 @@ from valora_jax.engine.precision import Precision
 from valora_jax.engine.request import Request
 from valora_jax.engine.sampler import Sampled, SamplerState, wants_only_likeliest
 from valora_jax.engine.shapes import IMAGES_A_CALL, StepShapes
+from valora_jax.engine.step_functions import Call, StepFunctions
 from valora_jax.engine.weights import StepWeights
 from valora_jax.lora.heads import TaskHeads, class_logits
 from valora_jax.models.spec import ModelSpec
-
-# What comes back in place.
-_DONATED: Mapping[Callable, tuple[str, ...]] = {
-    step.decoder_step: ("kv", "state"),
-    step.resample: ("state",),
-    step.encode_images: ("features_FD",),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +72,6 @@ class Runner:
 
     Attributes:
       shapes: of steps.
-      traces: compilations so far.
     """
 
     def __init__(
@@ -95,7 +87,6 @@ class Runner:
         adapters: Adapters | None,
     ):
         """Takes the memory of `memory`; `adapters` is None in an engine that serves none."""
-        self.traces = 0
         self._spec, self._sources, self._adapters = spec, sources, adapters
         self._padding_row = config.max_requests
         self._weights = weights
@@ -117,8 +108,13 @@ class Runner:
         # One slot more than the cache hands out: a warm-up writes there.
         self._scratch_row = config.image_slots * spec.tokens_per_image
         self._features_FD = zeros((self._scratch_row + spec.tokens_per_image, spec.width))
-        self._compiled: dict[tuple[Callable, Hashable], Callable] = {}
+        self._functions = StepFunctions()
         self._set_counts = jax.jit(SamplerState.with_counts, donate_argnums=0)
+
+    @property
+    def traces(self) -> int:
+        """Compilations so far."""
+        return self._functions.traces
 
     def execute(self, plan: Plan, folded: Folded | None) -> InFlight:
         """Enqueues a plan's step, and the scores of prompts that want them.
@@ -184,7 +180,7 @@ class Runner:
     def warm_up(self, progress: Callable[[int, int], None]) -> None:
         """Compiles every shape, then runs each on nothing; `progress(done, all)` on the way."""
         steps, images = list(self.shapes.all_steps()), list(self.shapes.all_images())
-        self._compile_together(steps, images, progress)
+        self._functions.compile_together(self._calls(steps, images), progress)
         for bucket, shape in steps:
             packed, fields = shape.layout.buffer()
             neutral(fields, vocab_rows=self._spec.vocab_rows, padding_row=self._padding_row)
@@ -193,7 +189,7 @@ class Runner:
             adapter_T = np.full(bucket.tokens, 0 if shape.with_lora else -1, np.int32)
             self._score(outputs.hidden_TD, adapter_T, np.zeros_like(adapter_T), tokens=1)
             if self._adapters:
-                block = _block(outputs.hidden_TD, np.int32(0))
+                block = self._block(outputs.hidden_TD, np.int32(0))
                 _classify(block, self._adapters.task_heads, np.zeros(SCORE_ROWS, np.int32))
         for n, shape in images:
             pixels = np.zeros((n, *self._spec.pixel_shape), np.float32)
@@ -202,30 +198,37 @@ class Runner:
         self._state = self._set_counts(self._state, row, counts_V, counts_V.astype(bool))
         jax.block_until_ready((self._kv, self._features_FD, self._state))
 
-    def _compile_together(
+    def _calls(
         self,
         steps: Sequence[tuple[Bucket, step.StepShape]],
         images: Sequence[tuple[int, step.StepShape]],
-        progress: Callable[[int, int], None],
-    ) -> None:
-        """Compiles in as many threads as there are cores; tracing takes turns."""
-        calls: list[tuple[Callable, step.StepShape, dict[str, Any]]] = [
-            (step.decoder_step, shape, self._step_arguments(shape, shape.layout.buffer()[0]))
+    ) -> list[Call]:
+        """Everything that is compiled; what takes the compiler longest comes first."""
+        long = [
+            Call(step.decoder_step, shape, self._step_arguments(shape, shape.layout.buffer()[0]))
             for _, shape in steps
         ]
         for n, shape in images:
             pixels = np.zeros((n, *self._spec.pixel_shape), np.float32)
             arguments = self._image_arguments(shape, pixels, shape.layout.buffer()[0])
-            calls.append((step.encode_images, shape, arguments))
-        compiling = {}
-        with ThreadPoolExecutor() as pool:
-            for done, (function, shape, arguments) in enumerate(calls):
-                progress(done, 2 * len(calls))
-                lowered = self._compile(function, shape).lower(**arguments)
-                compiling[pool.submit(lowered.compile)] = function, shape
-            for done, future in enumerate(as_completed(compiling), len(calls) + 1):
-                self._compiled[compiling[future]] = future.result()
-                progress(done, 2 * len(calls))
+            long.append(Call(step.encode_images, shape, arguments))
+        long.sort(key=lambda call: (call.shape.with_lora, call.shape.layout.rows), reverse=True)
+        short = (call for bucket, shape in steps for call in self._calls_after(bucket, shape))
+        return [*long, *{(call.function, call.shape): call for call in short}.values()]
+
+    def _calls_after(self, bucket: Bucket, shape: step.StepShape) -> Iterator[Call]:
+        """What is computed from a step's results, which other steps may share."""
+        D, V = self._spec.width, self._spec.vocab_rows
+        layout, logits_SV = self.shapes.rows(bucket.rows), _abstract(bucket.rows, V, np.float32)
+        sampling = dict(state=self._state, logits_SV=logits_SV, packed=layout.buffer()[0])
+        yield Call(step.resample, layout, sampling)
+        hidden_TD = _abstract(bucket.tokens, D, shape.dtype)
+        block = dict(hidden_TD=hidden_TD, start=np.int32(0))
+        yield Call(step.score_block, (bucket.tokens, shape.dtype), block)
+        scores = self.shapes.scores(shape.dtype, with_lora=shape.with_lora)
+        block_TD = _abstract(SCORE_ROWS, D, shape.dtype)
+        arguments = self._score_arguments(scores, block_TD, scores.layout.buffer()[0])
+        yield Call(step.score, scores, arguments)
 
     def _step_arguments(
         self, shape: step.StepShape, packed: np.ndarray, *, merged: bool = False
@@ -250,18 +253,30 @@ class Runner:
             packed=packed,
         )
 
+    def _score_arguments(
+        self, shape: step.StepShape, hidden_TD: jax.Array, packed: np.ndarray
+    ) -> dict[str, Any]:
+        return dict(
+            leaves=self._weights.leaves(shape.dtype, merged=False),
+            adapters=self._arrays(shape),
+            hidden_TD=hidden_TD,
+            packed=packed,
+        )
+
     def _run(
         self, shape: step.StepShape, packed: np.ndarray, *, merged: bool = False
     ) -> step.StepOutputs:
         """Enqueues a step."""
-        run = self._compile(step.decoder_step, shape)
+        run = self._functions.of(step.decoder_step, shape)
         arguments = self._step_arguments(shape, packed, merged=merged)
         self._kv, self._state, outputs = run(**arguments)
         return outputs
 
     def _resample(self, bucket: Bucket, logits_SV: jax.Array, packed: np.ndarray) -> Sampled:
         """Enqueues the sampling of a step's rows, in place of their likeliest tokens."""
-        run = self._compile(step.resample, self.shapes.layout(bucket))
+        layout = self.shapes.rows(bucket.rows)
+        run = self._functions.of(step.resample, layout)
+        packed = packed[: layout.size]
         self._state, sampled = run(state=self._state, logits_SV=logits_SV, packed=packed)
         return sampled
 
@@ -269,8 +284,10 @@ class Runner:
         self, hidden_TD: jax.Array, adapter_T: np.ndarray, target_T: np.ndarray, *, tokens: int
     ) -> list[tuple[jax.Array, Sampled]]:
         """Enqueues the scores of a step's first `tokens` rows, block by block."""
-        shape = self.shapes.scores(with_lora=bool((adapter_T >= 0).any()))
-        run = self._compile(step.score, shape)
+        shape = self.shapes.scores(
+            np.dtype(hidden_TD.dtype), with_lora=bool((adapter_T >= 0).any())
+        )
+        run = self._functions.of(step.score, shape)
         blocks = []
         for start in range(0, tokens, SCORE_ROWS):
             rows = slice(start, min(start + SCORE_ROWS, tokens))
@@ -278,13 +295,8 @@ class Runner:
             fields["adapter"][:] = -1
             fields["adapter"][: rows.stop - start] = adapter_T[rows]
             fields["target"][: rows.stop - start] = target_T[rows]
-            logits_TV, following = run(
-                leaves=self._weights.leaves(shape.dtype, merged=False),
-                adapters=self._arrays(shape),
-                hidden_TD=_block(hidden_TD, np.int32(start)),
-                packed=packed,
-            )
-            blocks.append((logits_TV, following))
+            block_TD = self._block(hidden_TD, np.int32(start))
+            blocks.append(run(**self._score_arguments(shape, block_TD, packed)))
         return blocks
 
     def _classify(self, hidden_TD: jax.Array, row: np.int32, request: Request) -> jax.Array:
@@ -292,30 +304,20 @@ class Runner:
         slot = self._sources.adapter_slot(request)
         adapter_S = np.full(SCORE_ROWS, slot, np.int32)
         assert self._adapters is not None  # who has a task head has an adapter
-        return _classify(_block(hidden_TD, row), self._adapters.task_heads, adapter_S)
+        return _classify(self._block(hidden_TD, row), self._adapters.task_heads, adapter_S)
+
+    def _block(self, hidden_TD: jax.Array, start: np.int32) -> jax.Array:
+        """Enqueues taking `SCORE_ROWS` of a step's rows, and zeros past its end."""
+        run = self._functions.of(step.score_block, (len(hidden_TD), np.dtype(hidden_TD.dtype)))
+        return run(hidden_TD=hidden_TD, start=start)
 
     def _encode(self, pixels_I3hw: np.ndarray, rows: list[int], adapters: Sequence[int]) -> None:
         shape = self.shapes.images(len(rows), with_lora=any(slot >= 0 for slot in adapters))
         packed, fields = shape.layout.buffer()
         fields["first_row"][:] = rows
         fields["adapter"][:] = np.repeat(adapters, self._spec.vision_tokens_per_image)
-        run = self._compile(step.encode_images, shape)
+        run = self._functions.of(step.encode_images, shape)
         self._features_FD = run(**self._image_arguments(shape, pixels_I3hw, packed))
-
-    def _compile(self, function: Callable, shape: Hashable) -> Any:
-        if (compiled := self._compiled.get((function, shape))) is None:
-
-            def traced(**arrays):
-                self.traces += 1
-                return function(shape, **arrays)
-
-            compiled = jax.jit(
-                traced,
-                donate_argnames=_DONATED.get(function, ()),
-                compiler_options=step.compiler_options(shape),
-            )
-            self._compiled[function, shape] = compiled
-        return compiled
 
     def _arrays(self, shape: step.StepShape) -> step.AdapterArrays | None:
         return self._adapters.arrays() if self._adapters and shape.with_lora else None
@@ -340,7 +342,5 @@ def _needs_lora(slots: Collection[int], folded: Folded | None) -> bool:
 _classify = jax.jit(class_logits)
 
 
-@jax.jit
-def _block(hidden_TD: jax.Array, start: jax.Array) -> jax.Array:
-    padded_TD = jnp.pad(hidden_TD, ((0, SCORE_ROWS), (0, 0)))
-    return jax.lax.dynamic_slice_in_dim(padded_TD, start, SCORE_ROWS)
+def _abstract(rows: int, columns: int, dtype: np.dtype | type) -> Any:
+    return jax.ShapeDtypeStruct((rows, columns), dtype)

@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 
 from pallas_kernels.lora_matmul import Implementation as Kernel
 from valora_jax.config import EngineConfig
@@ -61,9 +62,9 @@ class StepShapes:
         """A step, with adapters if it needs them, or always where there is no other."""
         return self._step(bucket, with_lora or self._lora_variants[0])
 
-    def scores(self, *, with_lora: bool) -> StepShape:
-        """The scoring of a block of rows."""
-        return self._scores(with_lora or self._lora_variants[0])
+    def scores(self, dtype: np.dtype, *, with_lora: bool) -> StepShape:
+        """The scoring of a block of rows, which come in a step's dtype."""
+        return self._scores(dtype, with_lora or self._lora_variants[0])
 
     def images(self, images: int, *, with_lora: bool) -> StepShape:
         """The encoding of images."""
@@ -76,6 +77,11 @@ class StepShapes:
     def layout(self, bucket: Bucket) -> BatchLayout:
         """The fields of a bucket's steps, the same in all variants."""
         return self._layout(bucket)
+
+    @functools.lru_cache  # noqa: B019 (lives as long as its engine)
+    def rows(self, rows: int) -> BatchLayout:
+        """The fields of so many sampled rows, with which a step's buffer begins."""
+        return BatchLayout.of_rows(rows)
 
     def all_steps(self) -> Iterator[tuple[Bucket, StepShape]]:
         """Every step there is."""
@@ -102,8 +108,8 @@ class StepShapes:
         return self._shape(self._layout(bucket), dtype, with_lora=with_lora)
 
     @functools.lru_cache  # noqa: B019
-    def _scores(self, with_lora: bool) -> StepShape:
-        return self._shape(BatchLayout.of_scores(), self._precision.weights, with_lora=with_lora)
+    def _scores(self, dtype: np.dtype, with_lora: bool) -> StepShape:
+        return self._shape(BatchLayout.of_scores(), dtype, with_lora=with_lora)
 
     @functools.lru_cache  # noqa: B019
     def _images(self, images: int, with_lora: bool) -> StepShape:

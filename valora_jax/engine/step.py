@@ -17,7 +17,7 @@ from flax import nnx
 from pallas_kernels.lora_matmul import ONE_LAUNCH_ROWS, LoraPool, Segments
 from pallas_kernels.lora_matmul import Implementation as Kernel
 from pallas_kernels.paged_attention import Chunks, Decodes, KVPages
-from valora_jax.engine.batch import BatchLayout
+from valora_jax.engine.batch import SCORE_ROWS, BatchLayout
 from valora_jax.engine.sampler import (
     Sampled,
     SamplerState,
@@ -155,6 +155,12 @@ def score(
     model = shape.model.merge(leaves)
     logits_TV = _logits(shape, model, adapters, hidden_TD, fields["adapter"])
     return logits_TV, token_logprobs(logits_TV, fields["target"])
+
+
+def score_block(_: Hashable, hidden_TD: jax.Array, start: jax.Array) -> jax.Array:
+    """The hidden states of a block of a step's tokens, `[SCORE_ROWS, D]`; zeros past their end."""
+    padded_TD = jnp.pad(hidden_TD, ((0, SCORE_ROWS), (0, 0)))
+    return jax.lax.dynamic_slice_in_dim(padded_TD, start, SCORE_ROWS)
 
 
 def encode_images(

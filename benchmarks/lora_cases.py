@@ -20,11 +20,11 @@ from benchmarks.gpu import Program
 from benchmarks.lora_inputs import LAYERS, Point, Pools, slots
 from benchmarks.lora_rivals import GATHER_BYTES, RIVALS
 from pallas_kernels.lora_matmul import (
-    ONE_LAUNCH_ROWS,
     Counters,
     Part,
     RowTiles,
     base_product,
+    compiler_options,
     lora_linear,
     lora_matmul,
 )
@@ -111,7 +111,7 @@ def _program(
     work = floors.lora(**how)
     if batches.w_DE is not None:
         work += floors.linear(tokens=point.tokens, weights=shape.width * sum(shape.columns))
-    ours = impl in ("triton", "fixed-tile") and point.tokens > ONE_LAUNCH_ROWS
+    ours = impl in ("triton", "fixed-tile")
     return Program(
         name=name,
         fields=dict(
@@ -132,7 +132,7 @@ def _program(
         calls=calls,
         error=functools.partial(_error, point, parts, batches),
         # As the engine compiles its steps; rivals and the product are XLA's own affair.
-        compiler_options=_EACH_CALL_ALONE | ({"xla_gpu_triton_gemm_any": False} if ours else {}),
+        compiler_options=_EACH_CALL_ALONE | (compiler_options(point.tokens) if ours else {}),
         baseline=baseline if batches.w_DE is not None else None,
     )
 

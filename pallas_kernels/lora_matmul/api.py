@@ -1,4 +1,4 @@
-"""The LoRA operator: adds the low-rank updates of each row's adapters to a base product, in place.
+"""The LoRA operator: adds the low-rank updates of each row's adapters to a base product.
 
     out_TE[t] = y_TE[t] + sum over branches (slot, sign) of row t's tile, pages p of the slot:
                 sign * scale_LS[layer, slot] * (x_TD[t] @ A_p^T) @ B_p
@@ -12,6 +12,7 @@ T rows, D input width, E output width, L layers, S adapter slots, M row tiles.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -97,27 +98,15 @@ def lora_linear(
     few = T <= tiles_linear.MAX_ROWS and bias_E is None and w_DE.dtype == x_TD.dtype
     if implementation == "triton" and few and parts:
         _check(parts, tiles, T=T, D=D, E=E, layer=layer)
-        pools, columns = tuple(p.pool for p in parts), tuple(p.column for p in parts)
-        cut = tuned.linear_tile_for(
-            Key(op=tuned.LINEAR, width=D, columns=E, tokens=T, segments=segments),
-            parts=len(parts),
-            tile_rows=block_height(tiles.block_rows),
-            itemsize=x_TD.dtype.itemsize,
-            device=_device(),
-        )
-        arrived, spare = counters or Counters.new()
-        y_TE, arrived[...], spare[...] = triton_linear.lora_linear(
+        return _in_one_launch(
             x_TD,
             w_DE,
-            pools,
-            tiles,
-            np.int32(layer),
-            arrived[...],
-            spare[...],
-            columns=columns,
-            cut=cut,
+            parts,
+            tiles=tiles,
+            layer=layer,
+            segments=segments,
+            counters=counters or Counters.new(),
         )
-        return y_TE
     if implementation == "triton":
         # Or XLA makes x, the end of a norm say, once for the product and once for the kernel; and a
         # product with the bias, to which the updates are added in another pass.
@@ -131,6 +120,39 @@ def lora_linear(
         implementation=implementation,
         segments=segments,
     )
+
+
+def _in_one_launch(
+    x_TD: jax.Array,
+    w_DE: jax.Array,
+    parts: Sequence[Part],
+    *,
+    tiles: RowTiles,
+    layer: int,
+    segments: Segments,
+    counters: Counters,
+) -> jax.Array:
+    (T, D), E = x_TD.shape, w_DE.shape[1]
+    cut = tuned.linear_tile_for(
+        Key(op=tuned.LINEAR, width=D, columns=E, tokens=T, segments=segments),
+        parts=len(parts),
+        tile_rows=block_height(tiles.block_rows),
+        itemsize=x_TD.dtype.itemsize,
+        device=_device(),
+    )
+    arrived, spare = counters
+    y_TE, arrived[...], spare[...] = triton_linear.lora_linear(
+        x_TD,
+        w_DE,
+        tuple(p.pool for p in parts),
+        tiles,
+        np.int32(layer),
+        arrived[...],
+        spare[...],
+        columns=tuple(p.column for p in parts),
+        cut=cut,
+    )
+    return y_TE
 
 
 def base_product(x_TD: jax.Array, w_DE: jax.Array, bias_E: jax.Array | None) -> jax.Array:
@@ -173,7 +195,7 @@ def lora_matmul(
       the tile alone: equal inputs give equal bits.
 
     Raises:
-      ValueError: the shapes contradict each other.
+      ValueError: the shapes contradict each other, or parts overlap.
       NotImplementedError: the "triton" kernels do not take these shapes or dtypes; "xla" does.
       TableError: the device has a table of tiles, but it cannot be used.
     """
@@ -208,6 +230,15 @@ def lora_matmul(
     raise ValueError(f"unknown implementation {implementation!r}; known: 'triton', 'xla'")
 
 
+def compiler_options(rows: int) -> dict[str, bool]:
+    """Returns XLA's options for a program whose linears have so many rows and go through "triton".
+
+    Above those of one launch, products go to cuBLAS, which adds the updates of adapters in the same
+    pass; XLA's own kernels, quicker at few rows, leave that to a pass of its own.
+    """
+    return {"xla_gpu_triton_gemm_any": rows <= tiles_linear.MAX_ROWS}
+
+
 def _check(parts: Sequence[Part], tiles: RowTiles, *, T: int, D: int, E: int, layer: int) -> None:
     if (rows := tiles.first_M.shape[0]) != T:
         raise ValueError(f"row counts differ: x_TD has {T}, the row tiles {rows}")
@@ -219,6 +250,13 @@ def _check(parts: Sequence[Part], tiles: RowTiles, *, T: int, D: int, E: int, la
             raise ValueError(f"columns {part.column}:{stop} of a part exceed y_TE's {E}")
         if not 0 <= layer < (layers := pool.scale_LS.shape[0]):
             raise ValueError(f"layer={layer} is not in [0, {layers})")
+    spans = sorted((p.column, p.column + p.pool.b_RE.shape[1]) for p in parts)
+    for (first, stop), (next_first, next_stop) in itertools.pairwise(spans):
+        if next_first < stop:
+            raise ValueError(
+                f"parts overlap: columns {first}:{stop} and {next_first}:{next_stop}; give each "
+                "linear columns of its own"
+            )
 
 
 def _device() -> str:

@@ -113,7 +113,7 @@ offers = dict(
 )
 
 
-@hypothesis.settings(max_examples=500)
+@hypothesis.settings(max_examples=2000)
 @hypothesis.given(**offers)
 def test_nobody_waits_longer_than_theta_and_a_step(trace, device, load, theta_s, burst):
     check_wait(trace, device, load, theta_s, burst)

@@ -95,7 +95,7 @@ def test_the_product_of_a_prompt_adds_the_updates_in_place(
     w_DE = jax.ShapeDtypeStruct((width, sum(widths)), x_TD.dtype)
     bias_E = jax.ShapeDtypeStruct(w_DE.shape[1:], x_TD.dtype)
     shapes = (x_TD, w_DE, bias_E, pools, adapter_T)
-    text = compiled(multiply, *shapes, xla_gpu_triton_gemm_any=False).as_text()
+    text = compiled(multiply, *shapes, **op.compiler_options(rows)).as_text()
     assert "lora_shrink" in text
     assert "lora_expand" in text
     (product,) = (line for line in text.splitlines() if 'custom_call_target="__cublas' in line)

@@ -1,5 +1,7 @@
 """The LoRA operator against a NumPy reference: mixed ranks, branches, parts, layers, bad shapes."""
 
+import dataclasses
+
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -153,6 +155,10 @@ def test_one_executable_serves_any_number_of_pages_and_tiles():
         (dict(x_TD=jnp.ones((2, D))), "row counts differ: x_TD has 2, y_TE 3"),
         (dict(tiles=tiles_of([0, 0])), "row counts differ: x_TD has 3, the row tiles 2"),
         (dict(y_TE=jnp.zeros((3, E - 1))), f"columns 24:{E} of a part exceed y_TE's {E - 1}"),
+        (
+            dict(parts=[make_parts({})[0], dataclasses.replace(make_parts({})[1], column=20)]),
+            "parts overlap: columns 0:24 and 20:",
+        ),
         (dict(layer=LAYERS), r"layer=2 is not in \[0, 2\)"),
         (dict(implementation="cuda"), "unknown implementation 'cuda'"),
     ],

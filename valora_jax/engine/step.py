@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.lora_matmul import ONE_LAUNCH_ROWS, LoraPool, Segments
+from pallas_kernels import lora_matmul
 from pallas_kernels.lora_matmul import Implementation as Kernel
+from pallas_kernels.lora_matmul import LoraPool, Segments
 from pallas_kernels.paged_attention import Chunks, Decodes, KVPages
 from valora_jax.engine.batch import SCORE_ROWS, BatchLayout
 from valora_jax.engine.sampler import (
@@ -84,9 +85,7 @@ def compiler_options(shape: Hashable) -> dict[str, str | bool]:
     # small tables anew in every layer: 120 launches of a 7B step of 32 rows.
     options: dict[str, str | bool] = {"xla_disable_hlo_passes": "rematerialization"}
     if isinstance(shape, StepShape) and shape.kernel == "triton":
-        # Products go to cuBLAS, which adds the updates of adapters in the same pass; XLA's own
-        # kernels, quicker at few rows, leave that to a pass of its own.
-        options["xla_gpu_triton_gemm_any"] = shape.layout.rows <= ONE_LAUNCH_ROWS
+        options |= lora_matmul.compiler_options(shape.layout.rows)
     return options
 
 

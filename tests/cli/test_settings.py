@@ -8,9 +8,9 @@ from tests.cli.tiny_engine import ROOT
 from valora_jax.cli.generate import defaults
 from valora_jax.cli.settings import config_argument, with_file
 from valora_jax.config import EngineConfig
-from valora_jax.engine.adapters import EngineAdapters
 from valora_jax.engine.memory_plan import MemoryPlan
 from valora_jax.engine.sampling_params import SamplingParams
+from valora_jax.lora.device import DeviceAdapters
 from valora_jax.models.llava15.config import LLAVA_1_5_7B
 from valora_jax.models.llava15.spec import spec_of
 from valora_jax.models.llava15.weights import parameter_count
@@ -96,16 +96,18 @@ def test_the_7b_file_fits_an_80_gb_gpu():
         dtype=dtype,
         weights_bytes=weights_bytes,
         copy_bytes=LINEARS_BYTES,
-        adapters_bytes=EngineAdapters.device_bytes(config, spec.adapter_target, dtype=dtype),
+        adapters_bytes=DeviceAdapters.size_bytes(config, spec.adapter_target, dtype=dtype),
+        staged_bytes=DeviceAdapters.staged_bytes(config, spec.adapter_target, dtype=dtype),
         free_bytes=DEVICE_BYTES - weights_bytes,
     )
-    assert plan.kv_pages == 733
+    assert plan.kv_pages == 724
     assert plan.copy_bytes == LINEARS_BYTES
     assert plan.adapters_bytes == pytest.approx(6.8e9, rel=0.01)
     taken_bytes = (
         plan.weights_bytes
         + plan.copy_bytes
         + plan.adapters_bytes
+        + plan.staged_bytes
         + plan.features_bytes
         + plan.sampler_bytes
         + plan.kv_pages * plan.page_bytes

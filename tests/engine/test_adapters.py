@@ -18,6 +18,7 @@ from tests.engine.bare_adapters import (
 from tests.engine.engines import ADAPTERS, CONFIG
 from valora_jax.engine.adapters import EngineAdapters
 from valora_jax.errors import AdapterError, AdapterNotFoundError
+from valora_jax.lora.device import DeviceAdapters
 from valora_jax.lora.host_store import NewAdapter
 from valora_jax.lora.read import read_adapter
 
@@ -162,5 +163,5 @@ def test_bytes_are_those_of_the_arrays(adapters_of):
     adapters = adapters_of()
     zeros = adapters._device.pool._zeros_LrN
     arrays = jax.tree.leaves((adapters.arrays(), adapters.task_heads, zeros))
-    want_bytes = EngineAdapters.device_bytes(CONFIG, TARGET, dtype=np.dtype(np.float32))
+    want_bytes = DeviceAdapters.size_bytes(CONFIG, TARGET, dtype=np.dtype(np.float32))
     assert sum(array.nbytes for array in arrays) == want_bytes

@@ -28,7 +28,8 @@ def plan_of(config: EngineConfig = CONFIG, *, free_bytes: int = 2**30) -> Memory
         dtype=np.dtype(np.float32),
         weights_bytes=5000,
         copy_bytes=0,
-        adapters_bytes=10_000,
+        adapters_bytes=7000,
+        staged_bytes=3000,
         free_bytes=free_bytes,
     )
 
@@ -41,7 +42,7 @@ def test_pages_are_what_all_requests_at_their_longest_can_use():
 
 
 def test_little_memory_gives_the_pages_that_fit_and_not_one_more():
-    fixed_bytes = 10_000 + FEATURES_BYTES + SAMPLER_BYTES
+    fixed_bytes = 7000 + 3000 + FEATURES_BYTES + SAMPLER_BYTES
     for spare_bytes, pages in ((0, 5), (PAGE_BYTES - 1, 5), (PAGE_BYTES, 6)):
         free_bytes = 2 * (fixed_bytes + 5 * PAGE_BYTES + spare_bytes)
         assert plan_of(free_bytes=free_bytes).kv_pages == pages
@@ -55,6 +56,7 @@ def test_half_the_type_takes_half_the_bytes():
         weights_bytes=0,
         copy_bytes=0,
         adapters_bytes=0,
+        staged_bytes=0,
         free_bytes=2**30,
     )
     assert (2 * plan.page_bytes, 2 * plan.features_bytes) == (PAGE_BYTES, FEATURES_BYTES)
@@ -95,7 +97,7 @@ def test_the_device_has_free_memory():
 )
 def test_a_merged_copy_may_take_half_of_what_the_cache_could_have(copy_bytes, kept):
     config = EngineConfig(max_requests=64, image_slots=1, memory_fraction=1.0, page_tokens=16)
-    sizes = dict(dtype=np.dtype(np.float32), weights_bytes=0, adapters_bytes=0)
+    sizes = dict(dtype=np.dtype(np.float32), weights_bytes=0, adapters_bytes=0, staged_bytes=0)
     free_bytes = (
         1_000_000
         + MemoryPlan.make(config, SPEC, copy_bytes=0, free_bytes=10**9, **sizes).features_bytes
@@ -108,7 +110,7 @@ def test_a_merged_copy_may_take_half_of_what_the_cache_could_have(copy_bytes, ke
 
 
 def test_pages_that_are_configured_go_before_a_merged_copy():
-    fixed_bytes = 10_000 + FEATURES_BYTES + SAMPLER_BYTES
+    fixed_bytes = 7000 + 3000 + FEATURES_BYTES + SAMPLER_BYTES
     config = dataclasses.replace(CONFIG, kv_pages=9)
     for spare_bytes, copy_bytes in ((PAGE_BYTES, 0), (6 * PAGE_BYTES, 5 * PAGE_BYTES)):
         plan = MemoryPlan.make(
@@ -117,7 +119,8 @@ def test_pages_that_are_configured_go_before_a_merged_copy():
             dtype=np.dtype(np.float32),
             weights_bytes=5000,
             copy_bytes=5 * PAGE_BYTES,
-            adapters_bytes=10_000,
+            adapters_bytes=7000,
+            staged_bytes=3000,
             free_bytes=2 * (fixed_bytes + 9 * PAGE_BYTES + spare_bytes),
         )
         assert (plan.kv_pages, plan.copy_bytes) == (9, copy_bytes)

@@ -209,7 +209,7 @@ def test_without_a_copy_nobody_is_merged_and_everybody_served():
 
 def test_memory_too_small_for_the_copy_is_said_once_and_serves_without(monkeypatch, caplog, engine):
     plan = engine.parts.memory
-    taken_bytes = plan.adapters_bytes + plan.features_bytes + plan.sampler_bytes
+    taken_bytes = plan.adapters_bytes + plan.staged_bytes + plan.features_bytes + plan.sampler_bytes
     free_bytes = taken_bytes + plan.kv_pages * plan.page_bytes + plan.copy_bytes // 2
     monkeypatch.setattr("valora_jax.engine.start.free_device_bytes", lambda: free_bytes)
     config = dataclasses.replace(engine.config, memory_fraction=1.0, warm_up=False)

@@ -23,14 +23,13 @@ from valora_jax.lora.heads import TaskHeads
 from valora_jax.lora.host_store import AdapterInfo, AdapterRef, HostStore, NewAdapter
 from valora_jax.lora.read import read_adapter
 from valora_jax.lora.residency import Residency
-from valora_jax.lora.staging import Staging
+from valora_jax.lora.staging import MAX_STAGED, Staging
 
 type LinearOf = Callable[[str, int], Linear]
 
 # Waiting requests whose adapters are kept or fetched. More would seldom run before they are asked
-# for again; each version that is staged takes device memory beside the pool.
+# for again.
 _LOOKAHEAD_REQUESTS = 32
-_STAGED_VERSIONS = 2
 # Whoever waits for a step holds the engine's lock, and others may bring requests meanwhile.
 _WAIT_S = 0.01
 
@@ -66,17 +65,12 @@ class EngineAdapters:
         self._store = HostStore(max_bytes=config.host_adapter_bytes, reread=self._read)
         self._device = DeviceAdapters(config, target, dtype=dtype)
         self._residency = Residency(self._device.pages_of_site, slots=config.max_adapters)
-        self._staging = Staging(self._stage, limit=_STAGED_VERSIONS)
+        self._staging = Staging(self._stage, limit=MAX_STAGED)
         self._slot_of: dict[Request, int] = {}
         self._failures: dict[Request, Exception] = {}
         self._needs: dict[AdapterRef, Mapping[str, int]] = {}
         self._classes: dict[AdapterRef, int] = {}
         self.on_forget: Callable[[AdapterRef], None] = lambda ref: None
-
-    @staticmethod
-    def device_bytes(config: EngineConfig, target: AdapterTarget, *, dtype: np.dtype) -> int:
-        """What an instance would take, without what is staged."""
-        return DeviceAdapters.size_bytes(config, target, dtype=dtype)
 
     def warm_up(self) -> None:
         """Compiles the writes; before any adapter is placed."""

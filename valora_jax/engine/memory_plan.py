@@ -18,6 +18,7 @@ class MemoryPlan:
 
     Attributes:
       copy_bytes: of the merged copy; 0 where there is none.
+      staged_bytes: left free for adapters on their way to the pool; all else is taken at the start.
       kv_pages: pages of the cache, the scratch page included.
       request_pages: pages that the longest request takes.
       max_request_tokens: prompt and answer together.
@@ -26,6 +27,7 @@ class MemoryPlan:
     weights_bytes: int
     copy_bytes: int
     adapters_bytes: int
+    staged_bytes: int
     features_bytes: int
     sampler_bytes: int
     page_bytes: int
@@ -44,6 +46,7 @@ class MemoryPlan:
         weights_bytes: int,
         copy_bytes: int,
         adapters_bytes: int,
+        staged_bytes: int,
         free_bytes: int,
     ) -> "MemoryPlan":
         """Sizes the cache: what all requests at their longest can use, if the memory allows.
@@ -56,6 +59,7 @@ class MemoryPlan:
           weights_bytes: taken already.
           copy_bytes: that a merged copy would take.
           adapters_bytes: that the adapter pool will take.
+          staged_bytes: that adapters on their way to it may take.
           free_bytes: on the device now, with the weights loaded.
 
         Raises:
@@ -70,7 +74,7 @@ class MemoryPlan:
         request_pages = -(-limit // config.page_tokens)
         fraction = config.memory_fraction or (0.2 if jax.default_backend() == "cpu" else 0.9)
         left_bytes = int(fraction * free_bytes)
-        left_bytes -= adapters_bytes + features_bytes + sampler_bytes
+        left_bytes -= adapters_bytes + staged_bytes + features_bytes + sampler_bytes
         wanted = config.kv_pages or 1 + config.max_requests * request_pages
         needed_bytes = wanted * page_bytes
         if config.kv_pages is None:
@@ -90,6 +94,7 @@ class MemoryPlan:
             weights_bytes=weights_bytes,
             copy_bytes=copy_bytes,
             adapters_bytes=adapters_bytes,
+            staged_bytes=staged_bytes,
             features_bytes=features_bytes,
             sampler_bytes=sampler_bytes,
             page_bytes=page_bytes,
@@ -107,6 +112,7 @@ class MemoryPlan:
             ("weights", self.weights_bytes, "loaded"),
             ("merged copy", self.copy_bytes, "of linears, to fold adapters into"),
             ("adapters", self.adapters_bytes, "rank pages, replaced heads, task heads"),
+            ("adapters' way", self.staged_bytes, "of those that are copied to the device"),
             ("image features", self.features_bytes, "of recent images"),
             ("sampler", self.sampler_bytes, "last tokens and penalties"),
             ("key-value cache", kv_bytes, f"{self.kv_pages} pages; longest request "

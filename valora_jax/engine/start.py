@@ -30,6 +30,7 @@ from valora_jax.engine.rounds import StepLimits
 from valora_jax.engine.runner import Runner
 from valora_jax.engine.scheduler import Scheduler
 from valora_jax.engine.weights import StepWeights
+from valora_jax.lora.device import DeviceAdapters
 from valora_jax.media.clip_pixels import ClipPixels
 from valora_jax.media.tokenizer import Tokenizer
 from valora_jax.models import read_spec
@@ -193,11 +194,11 @@ def _plan_memory(
     model: Model, spec: ModelSpec, config: EngineConfig, precision: Precision, *, copy_bytes: int
 ) -> MemoryPlan:
     weights_bytes = sum(leaf.get_value().nbytes for leaf in parameter_paths(model).values())
-    adapters_bytes = 0
+    adapters_bytes = staged_bytes = 0
     if config.max_adapters:
-        adapters_bytes = EngineAdapters.device_bytes(
-            config, spec.adapter_target, dtype=precision.weights
-        )
+        of_adapters = (config, spec.adapter_target)
+        adapters_bytes = DeviceAdapters.size_bytes(*of_adapters, dtype=precision.weights)
+        staged_bytes = DeviceAdapters.staged_bytes(*of_adapters, dtype=precision.weights)
     merges = config.merge == "copy" and config.policy != "unmerged"
     wants_copy = config.max_adapters > 0 and merges
     memory = MemoryPlan.make(
@@ -207,6 +208,7 @@ def _plan_memory(
         weights_bytes=weights_bytes,
         copy_bytes=copy_bytes if wants_copy else 0,
         adapters_bytes=adapters_bytes,
+        staged_bytes=staged_bytes,
         free_bytes=free_device_bytes(),
     )
     if wants_copy and not memory.copy_bytes:

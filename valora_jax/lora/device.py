@@ -16,6 +16,7 @@ from valora_jax.lora.blocks import Array, PoolBlocks
 from valora_jax.lora.heads import HeadPool, TaskHeadBlocks, TaskHeadPool, head_bytes
 from valora_jax.lora.pool import DevicePool, pool_bytes
 from valora_jax.lora.residency import REPLACED_HEADS, Placement
+from valora_jax.lora.staging import MAX_STAGED
 
 
 class StagedAdapter(NamedTuple):
@@ -65,6 +66,15 @@ class DeviceAdapters:
             + head_bytes(target, heads=config.max_replaced_heads, slots=slots, dtype=dtype)
             + slots * config.max_classes * (target.width + 1) * 4
         )
+
+    @classmethod
+    def staged_bytes(cls, config: EngineConfig, target: AdapterTarget, *, dtype: np.dtype) -> int:
+        """What adapters on their way take beside it, if each has an equal share of it at most.
+
+        They are those that are staged, and one that the device is still to write to its place.
+        """
+        size_bytes = cls.size_bytes(config, target, dtype=dtype)
+        return (MAX_STAGED + 1) * size_bytes // config.max_adapters
 
     def warm_up(self) -> None:
         """Compiles the writes; before any adapter is placed."""

@@ -2,13 +2,15 @@
 
 The thread reads an adapter's folder again if it must, fills its blocks up and waits for their copy
 to the device; what is left to the engine's thread is to enqueue writes from there to the pool. That
-takes device memory beside the pool's: as much as the pages of `limit` versions.
+takes device memory beside the pool's; `DeviceAdapters.staged_bytes` says how much is set aside.
 """
 
 from collections.abc import Callable, Sequence
 from concurrent import futures
 
 from valora_jax.lora.host_store import AdapterRef
+
+MAX_STAGED = 2  # one that waits for its place while the next one comes
 
 
 class Staging[Blocks]:

@@ -24,3 +24,28 @@ def test_adapters_that_share_the_pool_equally_have_room_on_their_way():
     of_one_bytes = sum(block.nbytes for block in jax.tree.leaves(device.stage(LARGEST)))
     room_bytes = DeviceAdapters.staged_bytes(CONFIG, TARGET, dtype=FLOAT32)
     assert (MAX_STAGED + 1) * of_one_bytes <= room_bytes
+
+
+def test_a_step_waits_for_two_pages_of_an_adapter_at_most(monkeypatch):
+    """It copies behind all that is on its way: what was put and nobody has waited for."""
+    device = DeviceAdapters(CONFIG, TARGET, dtype=FLOAT32)
+    device_put, block_until_ready = jax.device_put, jax.block_until_ready
+    on_their_way_bytes, seen_bytes = [], []
+
+    def put(arrays):
+        copies = device_put(arrays)
+        on_their_way_bytes.extend(copy.nbytes for copy in jax.tree.leaves(copies))
+        seen_bytes.append(sum(on_their_way_bytes))
+        return copies
+
+    def wait(copies):
+        del on_their_way_bytes[: len(jax.tree.leaves(copies))]
+        return block_until_ready(copies)
+
+    monkeypatch.setattr(jax, "device_put", put)
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    staged = device.stage(LARGEST)
+    widest = max(max(site.in_width, site.out_width) * site.layers for site in TARGET.sites)
+    assert max(seen_bytes) <= 2 * PAGE_RANKS * widest * FLOAT32.itemsize
+    assert on_their_way_bytes == []
+    assert len(seen_bytes) == len(jax.tree.leaves(staged))

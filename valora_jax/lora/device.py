@@ -4,6 +4,7 @@ An adapter comes in two parts: `stage`, which takes time and may happen in any t
 which only enqueues. In between its arrays take device memory beside the pool's.
 """
 
+import collections
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -87,12 +88,21 @@ class DeviceAdapters:
 
     def stage(self, adapter: Adapter) -> StagedAdapter:
         """Brings an adapter's arrays to the device and waits for that; safe in any thread."""
-        blocks = StagedAdapter(
-            pool=self.pool.blocks(adapter),
-            replaced_head_VD=self.heads.blocks(adapter),
-            task_head=self.task_heads.blocks(adapter),
+        arrays, structure = jax.tree.flatten(
+            StagedAdapter(
+                pool=self.pool.blocks(adapter),
+                replaced_head_VD=self.heads.blocks(adapter),
+                task_head=self.task_heads.blocks(adapter),
+            )
         )
-        return jax.block_until_ready(jax.device_put(blocks))
+        # Two on their way at a time, as a step's input comes behind them. Each array is freed by
+        # itself: all of them together would keep Python's lock from other threads for 10 ms.
+        left, copies = collections.deque(arrays), []
+        del arrays
+        while left:
+            jax.block_until_ready(copies[-2:-1])
+            copies.append(jax.device_put(left.popleft()))
+        return jax.block_until_ready(jax.tree.unflatten(structure, copies))
 
     def write(self, staged: StagedAdapter, placement: Placement) -> None:
         """Enqueues an adapter's way to its place, behind steps that may still read what was there.

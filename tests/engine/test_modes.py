@@ -29,6 +29,7 @@ SERVED = sorted(
     if entry["expect"] == "ok" and (ADAPTERS / name).is_dir()
 )
 SPARE = "a19_attn_lm_r8_b"
+OTHERS = ["a03_all_linear_lm_r16", "a07_patterns", "a17_lm_head_lora"]  # as many as have a place
 PROMPT = with_images("the quick brown fox", 1)
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
@@ -107,10 +108,10 @@ def test_answers_do_not_depend_on_when_the_mode_changes(engine, modes):
 
 
 def test_a_merge_goes_on_in_pieces_between_steps(engine, modes):
-    load(engine, SPARE)
-    ref = fold(engine, "a03_all_linear_lm_r16") and fold(engine, SPARE)
+    load(engine, SPARE, OTHERS[0])
+    ref = fold(engine, SPARE)
     orchestrator = modes.orchestrator
-    fold(engine, "a03_all_linear_lm_r16")
+    fold(engine, OTHERS[0])
     orchestrator.costs.merge_ms = 1e6  # so slow that each layer has a step of its own
     fractions = []
     modes.on_step = lambda ran: fractions.append(orchestrator.copy.fraction)
@@ -134,6 +135,52 @@ def test_unloading_the_merged_adapter_drops_its_copy(engine, modes):
     with decided(engine, Decision(folded=ref, merge=ref)):
         want = answer(engine, PROMPT, adapter=SPARE, max_tokens=4).token_ids
     assert answer(engine, PROMPT, adapter=SPARE, max_tokens=4).token_ids == want
+
+
+def evict(engine, ref) -> None:
+    """Lets other adapters take the place of a version that nobody uses."""
+    for name in OTHERS:
+        load(engine, name)
+        answer(engine, PROMPT, adapter=name, max_tokens=1)
+    assert engine.parts.core.adapters.slot_of(ref) is None
+
+
+def test_an_adapter_that_was_evicted_is_merged_still_when_it_comes_back(engine, modes):
+    load(engine, SPARE)
+    want = answer(engine, PROMPT, adapter=SPARE, max_tokens=6).token_ids
+    ref = fold(engine, SPARE)
+    evict(engine, ref)
+    modes.tokens.clear()
+    with decided(engine, Decision(folded=ref, merge=ref)):
+        answer(engine, PROMPT, max_tokens=2)  # on the base weights: there is nothing to subtract
+        only(Mode.UNMERGED, modes)
+        modes.tokens.clear()
+        assert answer(engine, PROMPT, adapter=SPARE, max_tokens=6).token_ids == want
+        only(Mode.MERGED, modes)
+        assert modes.orchestrator.switches == 0
+
+
+def test_a_merge_goes_on_in_the_place_that_its_adapter_comes_back_to(engine, modes):
+    load(engine, SPARE, OTHERS[0])
+    [want_TV] = logits(engine, [SPARE])
+    fold(engine, OTHERS[0])
+    modes.orchestrator.costs.merge_ms = 1e6  # a layer a step
+    [ref] = [info.ref for info in engine.list_adapters() if info.ref.name == SPARE]
+    with decided(engine, Decision(merge=ref)):
+        answer(engine, PROMPT, adapter=SPARE, max_tokens=1)
+    assert 0 < (begun := modes.orchestrator.copy.fraction) < 1
+    evict(engine, ref)
+    with decided(engine, Decision(merge=ref)):
+        answer(engine, PROMPT, max_tokens=2)
+        assert modes.orchestrator.copy.fraction == begun
+        answer(engine, PROMPT, adapter=SPARE, max_tokens=6)
+        assert (modes.orchestrator.copy.usable, modes.orchestrator.switches) == (ref, 0)
+    modes.orchestrator.costs.merge_ms = 10.0
+    modes.tokens.clear()
+    with decided(engine, Decision(folded=ref)):
+        [got_TV] = logits(engine, [SPARE])
+    only(Mode.MERGED, modes)
+    np.testing.assert_allclose(got_TV, want_TV, atol=TOLERANCE, rtol=0)
 
 
 def test_an_adapter_that_a_running_request_brings_stays_merged_when_its_name_goes(engine, modes):

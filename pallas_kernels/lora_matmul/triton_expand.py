@@ -125,14 +125,17 @@ class Expand:
         if segment.part < 0:
             block.write_zeros()
             return
-        # Most adapters have ranks for one block; most tiles of a decode have one row, for which a
-        # block of rows would take as many instructions as for all of them.
-        held = of.pages * PAGE_RANKS <= self.cut.block_ranks
-        one_row = (of.rows == 1) & (self.block_rows < 64)
         pl.when(of.pages == 0)(block.write_zeros)
-        pl.when((of.pages > 0) & one_row)(block.write_row)
-        pl.when((of.pages > 0) & held & ~one_row)(block.write_held)
-        pl.when(~held & ~one_row)(block.write_in_steps)
+        with_ranks = of.pages > 0
+        # Most tiles of a decode have one row, for which a block of rows would take as many
+        # instructions as for all of them. Tall blocks leave out what they would trace in vain.
+        if self.block_rows < 64:
+            pl.when(with_ranks & (of.rows == 1))(block.write_row)
+            with_ranks &= of.rows != 1
+        # Most adapters have ranks for one block.
+        held = of.pages * PAGE_RANKS <= self.cut.block_ranks
+        pl.when(with_ranks & held)(block.write_held)
+        pl.when(with_ranks & ~held)(block.write_in_steps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

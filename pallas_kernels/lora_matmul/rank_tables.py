@@ -136,7 +136,8 @@ def for_each_tile(
 
 def page_ids(table_MX, m, k, *, block_ranks: int) -> jax.Array:
     """Page of each rank of block k of tile m's list."""
-    at_r = k * (block_ranks // PAGE_RANKS) + jnp.arange(block_ranks) // PAGE_RANKS
+    # Not `//` and `%`, which would be a dozen operations for the sake of negative numbers.
+    at_r = k * (block_ranks // PAGE_RANKS) + jax.lax.div(jnp.arange(block_ranks), PAGE_RANKS)
     return plgpu.load(table_MX.at[m, TILE_FIELDS + at_r])
 
 
@@ -154,4 +155,4 @@ def ranks_of(of: TileRow, k, *, block_ranks: int):
 
 def pool_rows(page_r, rank_r, *, layer, pages: int) -> jax.Array:
     """Where ranks lie in a pool of so many pages a layer."""
-    return (layer[...] * pages + page_r) * PAGE_RANKS + rank_r % PAGE_RANKS
+    return (layer[...] * pages + page_r) * PAGE_RANKS + jax.lax.rem(rank_r, PAGE_RANKS)

@@ -281,7 +281,8 @@ class _Lists(NamedTuple):
 
     def pages(self, m, k) -> jax.Array:
         """Page of each rank of block k of tile m's list; page 0 after its end."""
-        at_q = k * (self.block_ranks // PAGE_RANKS) + jnp.arange(self.block_ranks) // PAGE_RANKS
+        page_q = jax.lax.div(jnp.arange(self.block_ranks), PAGE_RANKS)
+        at_q = k * (self.block_ranks // PAGE_RANKS) + page_q
         return plgpu.load(self.page_XQ.at[self.first_m + m, at_q])
 
     def sums(self, k) -> tuple[jax.Array, ...]:

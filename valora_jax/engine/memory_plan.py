@@ -51,13 +51,10 @@ class MemoryPlan:
     ) -> "MemoryPlan":
         """Sizes the cache: what all requests at their longest can use, if the memory allows.
 
-        The merged copy is left out if it would take pages that are configured, or more than half of
-        what the cache could have and can use.
-
         Args:
           dtype: of the cache and the image features.
           weights_bytes: taken already.
-          copy_bytes: that a merged copy would take.
+          copy_bytes: that a merged copy would take; it is left out where the cache needs them.
           adapters_bytes: that the adapter pool will take.
           staged_bytes: that adapters on their way to it may take.
           free_bytes: on the device now, with the weights loaded.
@@ -76,21 +73,11 @@ class MemoryPlan:
         left_bytes = int(fraction * free_bytes)
         left_bytes -= adapters_bytes + staged_bytes + features_bytes + sampler_bytes
         wanted = config.kv_pages or 1 + config.max_requests * request_pages
-        needed_bytes = wanted * page_bytes
-        if config.kv_pages is None:
-            needed_bytes = min(needed_bytes, left_bytes / 2)
-        if left_bytes - copy_bytes < needed_bytes:
+        if not _has_room_for(copy_bytes, left_bytes, config, cache_bytes=wanted * page_bytes):
             copy_bytes = 0
         left_bytes -= copy_bytes
         kv_pages = config.kv_pages or min(wanted, left_bytes // page_bytes)
-        if kv_pages < 2 or kv_pages * page_bytes > left_bytes:
-            raise ValueError(
-                f"{max(left_bytes, 0) / 2**30:.2f} GiB of {free_bytes / 2**30:.2f} GiB free memory "
-                f"are left for the key-value cache, which needs {max(kv_pages, 2)} pages of "
-                f"{page_bytes / 2**20:.2f} MiB; lower max_adapters, lora_pages, image_slots or "
-                "kv_pages, or raise memory_fraction"
-            )
-        return cls(
+        plan = cls(
             weights_bytes=weights_bytes,
             copy_bytes=copy_bytes,
             adapters_bytes=adapters_bytes,
@@ -103,6 +90,18 @@ class MemoryPlan:
             max_request_tokens=limit,
             free_bytes=free_bytes,
         )
+        plan._check(left_bytes)
+        return plan
+
+    def _check(self, left_bytes: int) -> None:
+        """Refuses a cache that does not fit into what is left for it, or holds no request."""
+        if self.kv_pages < 2 or self.kv_pages * self.page_bytes > left_bytes:
+            raise ValueError(
+                f"{max(left_bytes, 0) / 2**30:.2f} GiB of {self.free_bytes / 2**30:.2f} GiB free "
+                "memory are left for the key-value cache, which needs "
+                f"{max(self.kv_pages, 2)} pages of {self.page_bytes / 2**20:.2f} MiB; lower "
+                "max_adapters, lora_pages, image_slots or kv_pages, or raise memory_fraction"
+            )
 
     def print(self, console: Console) -> None:
         """Shows the plan as a table."""
@@ -122,6 +121,14 @@ class MemoryPlan:
         for name, size_bytes, what in rows:
             table.add_row(name, f"{size_bytes / 2**20:,.0f}", what)
         console.print(table)
+
+
+def _has_room_for(
+    copy_bytes: int, left_bytes: int, config: EngineConfig, *, cache_bytes: int
+) -> bool:
+    """Whether a copy leaves all configured pages, or half of what the cache could have and use."""
+    least_bytes = cache_bytes if config.kv_pages else min(cache_bytes, left_bytes / 2)
+    return left_bytes - copy_bytes >= least_bytes
 
 
 def free_device_bytes() -> int:

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -23,6 +23,7 @@ from valora_jax.engine.memory_plan import MemoryPlan, free_device_bytes
 from valora_jax.engine.mergeable import Traits
 from valora_jax.engine.modes import Modes
 from valora_jax.engine.orchestrator import Orchestrator
+from valora_jax.engine.plan import Gate
 from valora_jax.engine.policies import make_policy
 from valora_jax.engine.precision import Precision
 from valora_jax.engine.request import Request
@@ -87,18 +88,10 @@ def assemble(
     )
     # A table of tiles that cannot be used is an error here, not in the middle of a compilation.
     tuned = tuned_table(jax.devices()[0].device_kind) is not None
-    base, weights = BaseTensors(model, spec), StepWeights(model, spec, precision)
+    weights = StepWeights(model, spec, precision)
     memory = _plan_memory(model, spec, config, precision, copy_bytes=weights.copy_bytes)
     memory.print(console)
-    adapters = None
-    if config.max_adapters:
-        adapters = EngineAdapters(
-            config,
-            spec.adapter_target,
-            dtype=precision.weights,
-            linear_of=base.linear,
-            head_VD=base.head,
-        )
+    adapters = _adapters(model, spec, config, precision) if config.max_adapters else None
     images = ImageCache(
         slots=config.image_slots,
         changes_vision=adapters.changes_vision if adapters else lambda ref: False,
@@ -113,7 +106,49 @@ def assemble(
         sources=_sources(spec, config, tokenizer, images, adapters),
         adapters=adapters,
     )
-    scheduler = Scheduler(
+    modes = None
+    if adapters is not None:
+        if memory.copy_bytes:
+            weights.take_copy(runner.shapes.kernel)
+        modes = _modes(config, max_tokens_per_step, runner, adapters, weights)
+    if config.warm_up:
+        _warm_up(runner, adapters, modes, console, tuned=tuned)
+    core = EngineCore(
+        runner,
+        _scheduler(config, memory, max_tokens_per_step, gates=[adapters, images]),
+        images,
+        adapters,
+        modes=modes,
+        tokenizer=tokenizer,
+        # A CPU computes with the cores that plan: there is nothing to keep busy meanwhile.
+        steps_ahead=config.steps_ahead or (1 if jax.default_backend() == "cpu" else 2),
+    )
+    return Parts(
+        spec=spec, tokenizer=tokenizer, pixels=pixels, core=core, runner=runner, memory=memory
+    )
+
+
+def _adapters(
+    model: Model, spec: ModelSpec, config: EngineConfig, precision: Precision
+) -> EngineAdapters:
+    base = BaseTensors(model, spec)
+    return EngineAdapters(
+        config,
+        spec.adapter_target,
+        dtype=precision.weights,
+        linear_of=base.linear,
+        head_VD=base.head,
+    )
+
+
+def _scheduler(
+    config: EngineConfig,
+    memory: MemoryPlan,
+    max_tokens_per_step: int,
+    *,
+    gates: Sequence[Gate | None],
+) -> Scheduler:
+    return Scheduler(
         KVBlocks(
             num_pages=memory.kv_pages,
             page_tokens=config.page_tokens,
@@ -124,36 +159,7 @@ def assemble(
         max_prefill_chunks=MAX_CHUNKS,
         max_waiting=config.max_waiting,
         max_request_tokens=memory.max_request_tokens,
-        gates=[gate for gate in (adapters, images) if gate is not None],
-    )
-    modes = None
-    if adapters is not None:
-        if memory.copy_bytes:
-            weights.take_copy(runner.shapes.kernel)
-        modes = _modes(config, max_tokens_per_step, runner, adapters, weights)
-        adapters.on_forget = modes.forget
-    if config.warm_up:
-        begin_s = time.monotonic()
-        _warm_up(runner, adapters, modes, console)
-        seconds = time.monotonic() - begin_s
-        tiles = "measured on this device" if tuned else "computed, see docs/tuning.md"
-        console.print(
-            f"{runner.traces} compiled functions in {seconds:.0f} s; "
-            f"tiles of LoRA on a GPU: {tiles}"
-        )
-    # A CPU computes with the cores that plan: there is nothing to keep busy meanwhile.
-    steps_ahead = config.steps_ahead or (1 if jax.default_backend() == "cpu" else 2)
-    core = EngineCore(
-        runner,
-        scheduler,
-        images,
-        adapters,
-        modes=modes,
-        tokenizer=tokenizer,
-        steps_ahead=steps_ahead,
-    )
-    return Parts(
-        spec=spec, tokenizer=tokenizer, pixels=pixels, core=core, runner=runner, memory=memory
+        gates=[gate for gate in gates if gate is not None],
     )
 
 
@@ -180,7 +186,7 @@ def _modes(
         base=weights.energy() if weights.copy else None,
     )
     policy = make_policy(config.policy, max_wait_s=config.max_wait_s)
-    return Modes(
+    modes = Modes(
         Orchestrator(policy, limits=limits, traits=traits),
         traits,
         adapters,
@@ -188,6 +194,8 @@ def _modes(
         pools=pools,
         merge_chunk_ms=limits.merge_chunk_ms,
     )
+    adapters.on_forget = modes.forget
+    return modes
 
 
 def _plan_memory(
@@ -251,8 +259,14 @@ def _keep_compilations(folder: Path | None) -> None:
 
 
 def _warm_up(
-    runner: Runner, adapters: EngineAdapters | None, modes: Modes | None, console: Console
+    runner: Runner,
+    adapters: EngineAdapters | None,
+    modes: Modes | None,
+    console: Console,
+    *,
+    tuned: bool,
 ) -> None:
+    begin_s = time.monotonic()
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("compiling steps", total=None)
         runner.warm_up(lambda done, total: bar.update(task, completed=done, total=total))
@@ -260,3 +274,8 @@ def _warm_up(
         adapters.warm_up()
     if modes:
         modes.warm_up()
+    seconds = time.monotonic() - begin_s
+    tiles = "measured on this device" if tuned else "computed, see docs/tuning.md"
+    console.print(
+        f"{runner.traces} compiled functions in {seconds:.0f} s; tiles of LoRA on a GPU: {tiles}"
+    )

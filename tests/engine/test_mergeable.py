@@ -4,6 +4,7 @@ import dataclasses
 import logging
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tests.lora.test_merged_copy import pools
@@ -65,6 +66,34 @@ def test_a_refusal_is_logged_once(caplog):
             settled(of)
     [record] = caplog.records
     assert "adapter 'style' version 3 is served unmerged" in record.getMessage()
+
+
+class Energy:
+    """What the device measures; its copy to the host comes before those of later steps if begun."""
+
+    ready = begun = False
+
+    def copy_to_host_async(self) -> None:
+        self.begun = True
+
+    def is_ready(self) -> bool:
+        return self.ready
+
+    def __array__(self, *_, **__):
+        assert self.ready
+        return np.ones(2, np.float32)
+
+
+def test_the_copy_to_the_host_begins_with_the_measurement_and_nobody_waits(monkeypatch):
+    energy = {site: Energy() for site in pools()}
+    monkeypatch.setattr("valora_jax.engine.mergeable.update_energy", lambda *_: energy)
+    of = traits(Placed(), error=0.0)
+    assert not of(REF).mergeable
+    assert all(x.begun for x in energy.values())
+    assert not of(REF).mergeable
+    for x in energy.values():
+        x.ready = True
+    assert of(REF).mergeable
 
 
 def test_an_adapter_that_is_not_placed_is_measured_when_it_is():

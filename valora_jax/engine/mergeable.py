@@ -86,7 +86,10 @@ class Traits:
         """Whether a version can be merged; None while that is not known."""
         if (energy := self._pending.get(ref)) is None:
             if (slot := self._adapters.slot_of(ref)) is not None:
-                self._pending[ref] = update_energy(self._decoder_pools(), np.int32(slot))
+                energy = update_energy(self._decoder_pools(), np.int32(slot))
+                # Now: a copy that is asked for later waits for those of the steps in flight.
+                jax.tree.map(lambda x: x.copy_to_host_async(), energy)
+                self._pending[ref] = energy
             return None
         # Types of jax lack `is_ready`, its documentation has it.
         if not all(x.is_ready() for x in energy.values()):  # pyright: ignore[reportAttributeAccessIssue]

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks import floors, lora_inputs
 from benchmarks.gpu import Program
-from benchmarks.lora_inputs import LAYERS, Point, Pools, slots
+from benchmarks.lora_inputs import LAYERS, RTOL, Point, Pools, slots
 from benchmarks.lora_rivals import GATHER_BYTES, RIVALS
 from pallas_kernels.lora_matmul import (
     Counters,
@@ -28,6 +28,7 @@ from pallas_kernels.lora_matmul import (
     lora_linear,
     lora_matmul,
 )
+from pallas_kernels.lora_matmul.measure import distance
 from pallas_kernels.lora_matmul.tiles import ExpandTile, LoraTile, ShrinkTile, block_rows
 from pallas_kernels.tuning.shapes import LinearShape
 
@@ -215,4 +216,4 @@ def _error(point: Point, parts: Sequence[Part], batches: Batches, returned) -> f
         update_NE = lora_inputs.update(part.pool, x_ND, slots(point, 0)[row_N], np.int32(0))
         stop = part.column + update_NE.shape[1]
         want_NE = want_NE.at[:, part.column : stop].add(update_NE)
-    return float(lora_inputs.distance(returned[0][0][row_N], want_NE))
+    return float(distance(returned[0][0][row_N], want_NE, rtol=RTOL))

@@ -104,8 +104,8 @@ def adapters(pool: LoraPool, point: Point, group: int, layer: int) -> Adapters:
 @functools.partial(jax.jit, static_argnames=("P", "R"))
 def _stack(pool: LoraPool, slot, layer, *, P: int, R: int) -> Adapters:
     page_PW = jax.lax.dynamic_slice_in_dim(pool.page_SW, slot, P)[:, : math.ceil(R / PAGE_RANKS)]
-    pages = pool.a_RD.shape[0] // LAYERS // PAGE_RANKS
-    row_PWr = ((layer * pages + page_PW) * PAGE_RANKS)[..., None] + jnp.arange(PAGE_RANKS)
+    first_PW = (layer * pool.layer_pages + page_PW) * PAGE_RANKS
+    row_PWr = first_PW[..., None] + jnp.arange(PAGE_RANKS)
     row_PR = row_PWr.reshape(P, -1)[:, :R]
     scale_P = jax.lax.dynamic_slice_in_dim(pool.scale_LS[layer], slot, P)
     return Adapters(pool.a_RD[row_PR], pool.b_RE[row_PR], scale_P)
@@ -114,11 +114,11 @@ def _stack(pool: LoraPool, slot, layer, *, P: int, R: int) -> Adapters:
 @jax.jit
 def update(pool: LoraPool, x_ND, slot_N, layer):
     """Page by page, every row its own."""
-    pages = pool.a_RD.shape[0] // LAYERS // PAGE_RANKS
 
     def add_page(nth, update_NE):
         page_N = jnp.where(nth < pool.pages_S[slot_N], pool.page_SW[slot_N, nth], 0)
-        row_Nr = ((layer * pages + page_N) * PAGE_RANKS)[:, None] + jnp.arange(PAGE_RANKS)
+        first_N = (layer * pool.layer_pages + page_N) * PAGE_RANKS
+        row_Nr = first_N[:, None] + jnp.arange(PAGE_RANKS)
         a_NrD, b_NrE = (rows[row_Nr].astype(jnp.float32) for rows in (pool.a_RD, pool.b_RE))
         exact = dict(precision=jax.lax.Precision.HIGHEST)
         h_Nr = jnp.einsum("ND,NrD->Nr", x_ND, a_NrD, **exact)
@@ -127,13 +127,6 @@ def update(pool: LoraPool, x_ND, slot_N, layer):
     zeros_NE = jnp.zeros((len(x_ND), pool.b_RE.shape[1]))
     update_NE = jax.lax.fori_loop(0, pool.pages_S[slot_N].max(), add_page, zeros_NE)
     return pool.scale_LS[layer, slot_N][:, None] * update_NE
-
-
-@jax.jit
-def distance(got_NE, want_NE):
-    """Largest error over what is allowed: a share of the value, or of a typical one near zero."""
-    allowed_NE = RTOL * jnp.maximum(abs(want_NE), want_NE.std())
-    return (abs(got_NE.astype(jnp.float32) - want_NE) / allowed_NE).max()
 
 
 def _shortened(a_RD: jax.Array, point: Point, last_S: np.ndarray) -> jax.Array:

@@ -96,7 +96,8 @@ class Measurements:
             if segments not in self._wanted:
                 self._wanted[segments] = self._make_wanted(segments)
             last_TE = run(*self._operands, variants[0])[-1]
-            error = float(_distance(last_TE[_checked_rows(self._task)], self._wanted[segments]))
+            got_NE = last_TE[_checked_rows(self._task)]
+            error = float(distance(got_NE, self._wanted[segments], rtol=RTOL))
             if not error <= 1:  # NaN is wrong, too
                 return f"wrong by {error:.2g} times the tolerance with {segments} adapters"
             run_us = _us_of_run(functools.partial(run, *self._operands), variants)
@@ -193,9 +194,9 @@ def _us_of_run(run: Callable, variants: Sequence[RowTiles]) -> float:
 
 
 @jax.jit
-def _distance(got_NE, want_NE):
+def distance(got_NE, want_NE, *, rtol: float):
     """Largest error over what is allowed: a share of the value, or of a typical one near zero."""
-    allowed_NE = RTOL * jnp.maximum(abs(want_NE), want_NE.std())
+    allowed_NE = rtol * jnp.maximum(abs(want_NE), want_NE.std())
     return (abs(got_NE.astype(jnp.float32) - want_NE) / allowed_NE).max()
 
 

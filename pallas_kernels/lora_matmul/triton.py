@@ -62,22 +62,19 @@ def lora_update(
         block_ranks=max(tile.shrink.block_ranks, tile.expand.block_ranks),
         rank_programs=tile.shrink.rank_programs,
     )
-    shrink = Shrink.of(
-        pools,
-        list_ranks=list_ranks,
+    along_rows = dict(
         block_rows=tile.block_rows,
         row_programs=min(tile.row_programs, tiles.first_M.shape[0]),
-        cut=tile.shrink,
     )
+    shrink = Shrink.of(pools, list_ranks=list_ranks, cut=tile.shrink, **along_rows)
     h_UC = shrink.launch(layer, x_TD, tables, pools)
     expand = Expand(
         segments=tuple(column_segments(pools, columns, E)),
         pages=tuple(pool.layer_pages for pool in pools),
         rows=x_TD.shape[0],
-        block_rows=tile.block_rows,
-        row_programs=min(tile.row_programs, tiles.first_M.shape[0]),
         dtype=x_TD.dtype,
         cut=tile.expand,
+        **along_rows,
     )
     return expand.launch(layer, tables, h_UC, pools, dtype=dtype)
 

@@ -53,10 +53,7 @@ class Attention:
 def programs(case: Attention) -> Iterator[Program]:
     shape = MODELS[case.model]
     heads = dict(heads=shape.heads, kv_heads=shape.kv_heads, head_width=shape.head_width)
-    batch = _batch(case)
-    key, T = jax.random.key(0), case.requests * case.tokens
-    qkv_TE = jax.random.normal(key, (T, sum(shape.linears["qkv"].columns)), jnp.bfloat16)
-    angle_Th = jax.random.uniform(key, (T, shape.head_width // 2), maxval=6.0)
+    inputs = functools.cache(functools.partial(_inputs, case))
     for impl in ("triton", "xla"):
         yield Program(
             name=f"{case.name}/{impl}",
@@ -76,10 +73,18 @@ def programs(case: Attention) -> Iterator[Program]:
             ),
             run=functools.partial(_run, impl=impl, pages=case.pages),
             carry=functools.partial(_cache, case, shape.kv_heads, shape.head_width),
-            variants=[(qkv_TE, angle_Th, batch)],
+            inputs=inputs,
             calls=LAYERS,
-            error=functools.partial(_error, case, qkv_TE, angle_Th, batch),
+            error=functools.partial(_error, case, inputs),
         )
+
+
+def _inputs(case: Attention) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+    shape, T = MODELS[case.model], case.requests * case.tokens
+    key = jax.random.key(0)
+    qkv_TE = jax.random.normal(key, (T, sum(shape.linears["qkv"].columns)), jnp.bfloat16)
+    angle_Th = jax.random.uniform(key, (T, shape.head_width // 2), maxval=6.0)
+    return qkv_TE, angle_Th, _batch(case)
 
 
 def _run(kv, qkv_TE, angle_Th, batch, *, impl, pages):
@@ -140,8 +145,9 @@ def _pages(seed, rows, shape: tuple[int, ...], end: int) -> jax.Array:
     return pages_PKpH.at[rows, :, end:].set(POISON)
 
 
-def _error(case: Attention, qkv_TE, angle_Th, batch, returned) -> float:
+def _error(case: Attention, inputs, returned) -> float:
     """The first layer's largest error against "xla" in float32."""
+    qkv_TE, angle_Th, batch = inputs()
     kv, (got_TNH, *_) = returned
     # Writing again what the run has written changes nothing.
     kv = jax.tree.map(lambda pages: pages[: case.pages].astype(jnp.float32), kv)

@@ -65,14 +65,12 @@ class Bench:
             work=self._work(batch, with_image=with_image),
             run=self._run(step_shape, with_image=with_image),
             carry=functools.partial(decode_inputs.carry, self.spec, batch),
-            variants=[
-                (
-                    self._weights.leaves,
-                    self._adapters if lora else None,
-                    decode_inputs.packed(self.spec, batch),
-                    self._images(batch) if with_image else None,
-                )
-            ],
+            inputs=lambda: (
+                self._weights.leaves,
+                self._adapters if lora else None,
+                decode_inputs.packed(self.spec, batch),
+                self._images(batch) if with_image else None,
+            ),
             calls=1,
             error=_unless_finite,
             timing=more,

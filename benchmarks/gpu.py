@@ -1,7 +1,8 @@
 """What the GPU benchmarks share: options, the refusal off a GPU, programs, and their records.
 
 A program is checked before it is timed, and its record is written at once: an interrupted run keeps
-what it has. Programs of a group share inputs; they are compiled together, by several threads.
+what it has. Programs of a group share inputs; they are compiled together, by several threads. Until
+a group is run, none of its programs takes memory of the device.
 """
 
 import argparse
@@ -16,10 +17,8 @@ from typing import Any
 import jax
 
 from benchmarks.floors import Work
-from benchmarks.results import append, results_file
+from benchmarks.results import append, cores, results_file
 from benchmarks.timing import copy_bytes_per_s, time_program
-
-COMPILE_THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,16 +52,16 @@ class Program:
     """One row of the results.
 
     Attributes:
-      name: what `--only` selects by, unique in its bench.
+      name: what `--only` selects by, unique in its group.
       fields: of the record; at least model, batch, adapters, rank and impl.
       work: of one call.
       run: the function to compile; donates its first argument, and returns it first of two. The
         second is for `error`.
       carry: makes the first argument.
-      variants: the other arguments, in turn.
+      inputs: makes the other arguments.
       calls: operations of one run; may be a share of one.
-      error: of what a run on `carry()` and the first variant returned, in units of the tolerance:
-        above 1 it is wrong. None where there is nothing to compare with.
+      error: of what a run on `carry()` and `inputs()` returned, in units of the tolerance: above 1
+        it is wrong. None where there is nothing to compare with.
       baseline: name of a program before it in the group; the record has the time beyond it.
       timing: keywords for `time_program`.
       compiler_options: for XLA.
@@ -73,7 +72,7 @@ class Program:
     work: Work
     run: Callable[..., tuple[Any, Any]]
     carry: Callable[[], Any]
-    variants: Sequence[tuple[Any, ...]]
+    inputs: Callable[[], tuple[Any, ...]]
     calls: float
     error: Callable[[tuple[Any, Any]], float] | None
     baseline: str | None = None
@@ -141,21 +140,22 @@ def run_group(programs: Iterable[Program], recorder: Recorder) -> None:
     """
     compiling, executables = [], {}
     # Timed only when nothing compiles beside it: compilers try kernels on the device, too.
-    with ThreadPoolExecutor(COMPILE_THREADS) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for program in programs:
+            inputs = program.inputs()
             try:
-                lowered = _lower(program)
+                lowered = _lower(program, inputs)
             except NotImplementedError as refusal:
                 recorder.write(program, {"failure": str(refusal)})
                 continue
             # Points that differ in run-time data alone share an executable.
             if (key := (lowered.as_text(), lowered.in_tree)) not in executables:
                 executables[key] = pool.submit(lowered.compile)
-            compiling.append((program, executables[key]))
+            compiling.append((program, inputs, executables[key]))
     median_ms: dict[str | None, float] = {}
-    for program, compiled in compiling:
+    for program, inputs, compiled in compiling:
         try:
-            measured = _measure(program, compiled.result())
+            measured = _measure(program, inputs, compiled.result())
         except jax.errors.JaxRuntimeError as failure:  # most often: a rival that wants more memory
             measured = {"failure": str(failure).split("\n")[0]}
         if "median_ms" in measured:
@@ -165,7 +165,7 @@ def run_group(programs: Iterable[Program], recorder: Recorder) -> None:
         recorder.write(program, measured)
 
 
-def _lower(program: Program) -> jax.stages.Lowered:
+def _lower(program: Program, inputs: tuple[Any, ...]) -> jax.stages.Lowered:
     # A copy that is only written is an argument that nothing reads.
     jitted = jax.jit(
         program.run,
@@ -174,20 +174,20 @@ def _lower(program: Program) -> jax.stages.Lowered:
         compiler_options=program.compiler_options,
     )
     shapes = jax.eval_shape(program.carry)
-    return jitted.lower(shapes, *program.variants[0])
+    return jitted.lower(shapes, *inputs)
 
 
-def _measure(program: Program, run: Callable[..., tuple[Any, Any]]) -> dict[str, Any]:
+def _measure(
+    program: Program, inputs: tuple[Any, ...], run: Callable[..., tuple[Any, Any]]
+) -> dict[str, Any]:
     error = None
     if program.error:
-        error = program.error(run(program.carry(), *program.variants[0]))
+        error = program.error(run(program.carry(), *inputs))
         if not error <= 1:  # NaN is wrong, too
             return {"failure": f"wrong by {error:.2f} times the tolerance"}
 
-    def step(carry, *variant):
-        return run(carry, *variant)[0]
+    def step(carry, *inputs):
+        return run(carry, *inputs)[0]
 
-    timing = time_program(
-        step, program.carry(), program.variants, calls=program.calls, **program.timing
-    )
+    timing = time_program(step, program.carry(), inputs, calls=program.calls, **program.timing)
     return dataclasses.asdict(timing) | {"error": error}

@@ -47,8 +47,8 @@ QUICK_ATTENTION = 3
 
 
 def sweep(*, quick: bool) -> list[Point]:
-    """The points of the square product, fewest tokens first, each once."""
-    points = [*GOALS, *MIXED]
+    """The square product's points beside the goals, fewest tokens first, each once."""
+    points = [*MIXED]
     if not quick:
         points += [
             Point(tokens=tokens, ranks=(rank,) * adapters)
@@ -57,7 +57,8 @@ def sweep(*, quick: bool) -> list[Point]:
             for rank in SWEEP_RANKS
             if adapters <= tokens
         ]
-    return sorted(dict.fromkeys(points), key=lambda point: point.tokens)
+    unique = dict.fromkeys(point for point in points if point not in GOALS)
+    return sorted(unique, key=lambda point: point.tokens)
 
 
 def lora_groups(
@@ -71,7 +72,7 @@ def lora_groups(
 ) -> Iterator[Iterable[Program]]:
     """One group a number of tokens; `alone` leaves the base product out."""
     pools, by_tokens = pools or Pools(linear), {}
-    weights = None if alone else lora_cases.weights(linear)
+    weights = None if alone else functools.cache(functools.partial(lora_cases.weights, linear))
     for point in points:
         by_tokens.setdefault(point.tokens, []).append(point)
     for tokens, own in by_tokens.items():
@@ -85,10 +86,10 @@ def groups(options: Options) -> Iterator[Iterable[Program]]:
         yield attention_cases.programs(case)
     yield merge_cases.programs("llava-1.5-7b")
     square = MODELS["llava-1.5-7b"].linears["o"]
-    points, pools = sweep(quick=options.quick), Pools(square)
-    of_square = functools.partial(lora_groups, square, model="llava-1.5-7b", pools=pools)
+    of_square = functools.partial(lora_groups, square, model="llava-1.5-7b", pools=Pools(square))
     yield from of_square(GOALS, name="pair/4096-4096", alone=True)
-    yield from of_square(points, name="lora/4096-4096")
+    for points in (GOALS, sweep(quick=options.quick)):
+        yield from of_square(points, name="lora/4096-4096")
     if options.quick:
         return
     # Qwen-VL's linears are LLaVA-1.5's.

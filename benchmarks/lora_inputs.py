@@ -17,7 +17,6 @@ from pallas_kernels.lora_matmul import PAGE_RANKS, LoraPool, Part
 from pallas_kernels.tuning.shapes import LinearShape
 
 LAYERS, PAGES, SLOT_PAGES = 16, 256, 16
-MOST_VARIANTS = 16  # fewer adapters of rank 8 would stay in an H100's L2 cache
 CHECKED_ROWS = 256
 # What is computed has 8 significant bits, and h had, too.
 RTOL = 2**-5
@@ -41,14 +40,13 @@ class Point:
         return [math.ceil(rank / PAGE_RANKS) for rank in self.ranks]
 
     @property
-    def groups(self) -> int:
-        """Disjoint sets of adapters that the pool holds."""
-        return min(MOST_VARIANTS, PAGES // sum(self.pages))
+    def calls(self) -> int:
+        """Of a run, on layer after layer: enough that the host keeps up."""
+        return 2 * LAYERS if self.tokens <= 256 else LAYERS // 2
 
     @property
-    def calls(self) -> int:
-        """Of a run, each on a layer of its own: enough that the host keeps up."""
-        return LAYERS if self.tokens <= 256 else LAYERS // 2
+    def layers(self) -> int:
+        return min(LAYERS, self.calls)
 
     def checked_rows(self) -> np.ndarray:
         """`[N]` the rows whose results are compared."""
@@ -60,23 +58,28 @@ class Pools:
 
     def __init__(self, shape: LinearShape):
         self.shape = shape
+
+    @functools.cached_property
+    def _pages(self) -> list[tuple[jax.Array, jax.Array]]:
+        """Of A and B, for each group of columns."""
+        shape = self.shape
         keys = jax.random.split(jax.random.key(0), (2, len(shape.columns)))
         a = functools.partial(_random_pages, width=shape.width, scale=shape.width**-0.5)
-        self._a_RD = [a(key) for key in keys[0]]
-        self._b_RE = [
-            _random_pages(key, width=width, scale=0.2)
-            for key, width in zip(keys[1], shape.columns, strict=True)
+        b = functools.partial(_random_pages, scale=0.2)
+        return [
+            (a(key_a), b(key_b, width=width))
+            for key_a, key_b, width in zip(*keys, shape.columns, strict=True)
         ]
 
     def parts(self, point: Point) -> list[Part]:
-        """The pools, with tables that put the point's adapters, group after group, into slots."""
-        slots = point.groups * len(point.ranks)
+        """The pools, with tables that put the point's adapters into slots."""
+        slots = len(point.ranks)
         # Pages of an adapter are scattered, as in a server that has run for long.
         page_order = iter(np.random.default_rng(0).permutation(PAGES) + 1)
         page_SW = np.zeros((PAGES, SLOT_PAGES), np.int32)
         pages_S = np.zeros(PAGES, np.int32)
         for slot in range(slots):
-            pages_S[slot] = pages = point.pages[slot % len(point.ranks)]
+            pages_S[slot] = pages = point.pages[slot]
             page_SW[slot, :pages] = list(itertools.islice(page_order, pages))
         last_S = page_SW[np.arange(slots), pages_S[:slots] - 1]
         scale_LS = jnp.linspace(0.5, 2.0, LAYERS * PAGES).reshape(LAYERS, PAGES)
@@ -84,31 +87,29 @@ class Pools:
         columns = [0, *itertools.accumulate(self.shape.columns)]
         return [
             Part(pool=LoraPool(a_RD=_shortened(a_RD, point, last_S), b_RE=b_RE, **tables), column=c)
-            for a_RD, b_RE, c in zip(self._a_RD, self._b_RE, columns[:-1], strict=True)
+            for (a_RD, b_RE), c in zip(self._pages, columns[:-1], strict=True)
         ]
 
 
-def slots(point: Point, group: int) -> jax.Array:
+def slots(point: Point) -> jax.Array:
     """`[T]` slot of each row, sorted."""
-    P = len(point.ranks)
-    nth_T = np.arange(point.tokens) * P // point.tokens
-    return jnp.asarray(group * P + nth_T, jnp.int32)
+    slot_T = np.arange(point.tokens) * len(point.ranks) // point.tokens
+    return jnp.asarray(slot_T, jnp.int32)
 
 
-def adapters(pool: LoraPool, point: Point, group: int, layer: int) -> Adapters:
-    """A group's adapters of one layer, stacked."""
-    P, R = len(point.ranks), max(point.ranks)
-    return _stack(pool, np.int32(group * P), np.int32(layer), P=P, R=R)
+def adapters(pool: LoraPool, point: Point) -> list[Adapters]:
+    """The point's adapters, stacked, for each layer."""
+    stack = functools.partial(_stack, pool, P=len(point.ranks), R=max(point.ranks))
+    return [stack(np.int32(layer)) for layer in range(point.layers)]
 
 
 @functools.partial(jax.jit, static_argnames=("P", "R"))
-def _stack(pool: LoraPool, slot, layer, *, P: int, R: int) -> Adapters:
-    page_PW = jax.lax.dynamic_slice_in_dim(pool.page_SW, slot, P)[:, : math.ceil(R / PAGE_RANKS)]
+def _stack(pool: LoraPool, layer, *, P: int, R: int) -> Adapters:
+    page_PW = pool.page_SW[:P, : math.ceil(R / PAGE_RANKS)]
     first_PW = (layer * pool.layer_pages + page_PW) * PAGE_RANKS
     row_PWr = first_PW[..., None] + jnp.arange(PAGE_RANKS)
     row_PR = row_PWr.reshape(P, -1)[:, :R]
-    scale_P = jax.lax.dynamic_slice_in_dim(pool.scale_LS[layer], slot, P)
-    return Adapters(pool.a_RD[row_PR], pool.b_RE[row_PR], scale_P)
+    return Adapters(pool.a_RD[row_PR], pool.b_RE[row_PR], pool.scale_LS[layer, :P])
 
 
 @jax.jit
@@ -131,7 +132,7 @@ def update(pool: LoraPool, x_ND, slot_N, layer):
 
 def _shortened(a_RD: jax.Array, point: Point, last_S: np.ndarray) -> jax.Array:
     """Zeros where adapters end within their last page, `last_S`."""
-    used_S = np.resize([(rank - 1) % PAGE_RANKS + 1 for rank in point.ranks], len(last_S))
+    used_S = np.array([(rank - 1) % PAGE_RANKS + 1 for rank in point.ranks])
     if (used_S == PAGE_RANKS).all():
         return a_RD
     kept_Pr = np.ones((1 + PAGES, PAGE_RANKS, 1), bool)

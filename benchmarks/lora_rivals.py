@@ -54,5 +54,12 @@ def gather_bmm(x_TD, adapters: Adapters, nth_T) -> jax.Array:
 
 
 RIVALS = {"masked-dense": masked_dense, "loop": adapter_loop, "gather-bmm": gather_bmm}
-# A gather of more bytes than this is left out: it would take the memory that a server needs.
-GATHER_BYTES = 2**32
+# Above these XLA takes too long to find the best form; both were slow where they were measured.
+GATHER_TOKENS, LOOP_ADAPTERS = 128, 8
+
+
+def suits(rival: str, *, tokens: int, adapters: int) -> bool:
+    """Whether a rival is worth the time that XLA takes to compile it."""
+    if rival == "gather-bmm":
+        return tokens <= GATHER_TOKENS
+    return rival != "loop" or adapters <= LOOP_ADAPTERS

@@ -5,7 +5,7 @@ A few layers are timed, of weights far larger than any cache; the figure is scal
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +27,7 @@ RTOL = 1.01 * 2**-8
 def programs(model: str) -> Iterator[Program]:
     shape = MODELS[model]
     linears = shape.linears
-    keys = jax.random.split(jax.random.key(0), (TIMED_LAYERS, len(linears)))
-    base_DE = [
-        [_weights(key, linear) for key, linear in zip(layer, linears.values(), strict=True)]
-        for layer in keys
-    ]
-    pools = [
-        [_pool(linear.width, columns) for columns in linear.columns] for linear in linears.values()
-    ]
+    inputs = functools.cache(functools.partial(_inputs, list(linears.values())))
     one_layer = [
         floors.merge(rank=RANK, width=linear.width, columns=columns)
         for linear in linears.values()
@@ -55,11 +48,22 @@ def programs(model: str) -> Iterator[Program]:
             ),
             work=sum(one_layer, floors.Work(0, 0)) * shape.layers,
             run=functools.partial(_run, impl=impl),
-            carry=lambda: jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), base_DE),
-            variants=[(base_DE, pools)],
+            carry=lambda: jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), inputs()[0]),
+            inputs=inputs,
             calls=TIMED_LAYERS / shape.layers,
-            error=None if impl == "copy" else functools.partial(_error, base_DE, pools),
+            error=None if impl == "copy" else functools.partial(_error, inputs),
         )
+
+
+def _inputs(linears: Sequence[LinearShape]) -> tuple[list[list[jax.Array]], list[list[LoraPool]]]:
+    """Base weights of each layer and linear, and each linear's pools."""
+    keys = jax.random.split(jax.random.key(0), (TIMED_LAYERS, len(linears)))
+    base_DE = [
+        [_weights(key, linear) for key, linear in zip(layer, linears, strict=True)]
+        for layer in keys
+    ]
+    pools = [[_pool(linear.width, columns) for columns in linear.columns] for linear in linears]
+    return base_DE, pools
 
 
 def _parts(pools: list[LoraPool]) -> list[Part]:
@@ -98,8 +102,9 @@ def _pool(width: int, columns: int) -> LoraPool:
     )
 
 
-def _error(base_DE, pools, returned) -> float:
+def _error(inputs, returned) -> float:
     """Largest error of the last layer against float32, on some rows of every linear."""
+    base_DE, pools = inputs()
     return max(
         float(_distance(merged, base, _parts(own)))
         for merged, base, own in zip(returned[0][-1], base_DE[-1], pools, strict=True)

@@ -1,7 +1,8 @@
 """Times compiled programs on a GPU by back-to-back runs, so that the host is out of the way.
 
-A program takes what its last run returned, so that runs follow each other and write in place, and
-the next of several variants of its inputs, so that a cache that holds one does not flatter it.
+A program takes what its last run returned, so that runs follow each other and write in place. The
+rest of its arguments stay where they are, as for other addresses the host may have to rewrite the
+launches of a CUDA graph: they should be larger than the caches.
 """
 
 import dataclasses
@@ -37,38 +38,36 @@ class Timing:
 def time_program[Carry](
     run: Callable[..., Carry],
     carry: Carry,
-    variants: Sequence[tuple[Any, ...]],
+    inputs: tuple[Any, ...],
     *,
     calls: float,
     samples: int = SAMPLES,
     sample_ms: float = 4.0,
     sample_runs: int = 1,
 ) -> Timing:
-    """Times `carry = run(carry, *variant)`, in which the operation happens `calls` times.
+    """Times `carry = run(carry, *inputs)`, in which the operation happens `calls` times.
 
     Args:
       run: enqueues a run; may donate its first argument.
       carry: what the first run takes.
-      variants: the other arguments, in turn.
+      inputs: the other arguments.
       calls: operations of one run; may be a share of one.
       samples: of which the median counts.
       sample_ms: least length of a sample.
       sample_runs: least runs of a sample.
     """
-    turn = 0
 
     def sample(runs: int) -> tuple[float, float]:
         """Seconds of the host, and of everything."""
-        nonlocal carry, turn
+        nonlocal carry
         start = time.perf_counter()
         for _ in range(runs):
-            carry = run(carry, *variants[turn % len(variants)])
-            turn += 1
+            carry = run(carry, *inputs)
         enqueued = time.perf_counter()
         jax.block_until_ready(carry)
         return enqueued - start, time.perf_counter() - start
 
-    jax.block_until_ready((carry, list(variants)))
+    jax.block_until_ready((carry, inputs))
     sample(WARM_UP_RUNS)
     seconds = sample(WARM_UP_RUNS)[1] / WARM_UP_RUNS
     runs = max(sample_runs, math.ceil(sample_ms / 1e3 / seconds))
@@ -92,4 +91,4 @@ def copy_bytes_per_s() -> float:
     numbers = jnp.ones(2**29, jnp.bfloat16)
     size = 2 * numbers.nbytes
     run = jax.jit(jnp.negative, donate_argnums=0)
-    return size / (1e-3 * time_program(run, numbers, [()], calls=1).median_ms)
+    return size / (1e-3 * time_program(run, numbers, (), calls=1).median_ms)

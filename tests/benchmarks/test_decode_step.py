@@ -67,7 +67,7 @@ def test_every_row_of_the_goals_is_there_once(bench):
 @pytest.mark.parametrize("name", ["decode/b8/each/triton", "first-token/one/triton"])
 def test_the_engines_step_takes_the_batch(bench, name):
     (program,) = (p for p in all_programs(bench) if p.name == name)
-    returned = program.run(program.carry(), *program.variants[0])
+    returned = program.run(program.carry(), *program.inputs())
     assert program.error(returned) == 0
     assert float(abs(returned[1].hidden_TD).max()) > 0
 

@@ -2,10 +2,12 @@
 
 import functools
 
+import jax
 import pytest
 
 from benchmarks import attention_cases, kernels, lora_cases, lora_inputs, lora_summary, merge_cases
 from benchmarks.attention_cases import Attention
+from benchmarks.gpu import Options
 from benchmarks.kernels import GOALS, MIXED, lora_groups, sweep
 from benchmarks.lora_inputs import Point
 from pallas_kernels.tuning import shapes
@@ -33,20 +35,18 @@ def xla_alone(monkeypatch):
 
 def errors(programs):
     """Name -> error of each program, run as it is."""
-    return {p.name: p.error(p.run(p.carry(), *p.variants[0])) for p in programs}
+    return {p.name: p.error(p.run(p.carry(), *p.inputs())) for p in programs}
 
 
-def test_the_sweep_holds_the_goals_and_no_batch_with_more_adapters_than_tokens():
-    points = sweep(quick=False)
-    assert set(sweep(quick=True)) == {*GOALS, *MIXED} < set(points)
+def test_the_sweep_holds_no_goal_twice_and_no_batch_with_more_adapters_than_tokens():
+    points = [*GOALS, *sweep(quick=False)]
+    assert set(sweep(quick=True)) == set(MIXED) < set(points)
     assert len(points) == len(set(points))
     assert all(len(point.ranks) <= point.tokens for point in points)
 
 
-def test_every_group_of_adapters_fits_the_pool():
-    for point in sweep(quick=False):
-        assert point.groups >= 1
-        assert point.groups * sum(point.pages) <= lora_inputs.PAGES
+def test_adapters_fit_the_pool():
+    assert all(sum(point.pages) <= lora_inputs.PAGES for point in [*GOALS, *sweep(quick=False)])
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_linears_that_share_an_input_are_one_call():
 def test_the_check_sees_a_wrong_page():
     point = Point(tokens=8, ranks=(64,) * 8)
     ((_, program, *_),) = lora_groups(LinearShape(64, (48,)), [point], name="lora/x", model="tiny")
-    x_TD, w_DE, (pools, tiles) = program.variants[0]
+    x_TD, w_DE, (pools, tiles) = program.inputs()
     shifted = tiles.__class__(**fields(tiles) | {"plus_M": tiles.plus_M + 1})
     assert program.error(program.run(program.carry(), x_TD, w_DE, (pools, shifted))) > 10
 
@@ -107,25 +107,36 @@ def test_merged_copies_are_right_in_every_linear(monkeypatch):
     assert all(error <= 1 for error in found.values()), found
 
 
-def test_names_are_unique_over_a_whole_run():
-    names = [case.name for case in kernels.ATTENTION]
-    names += [point.name for point in sweep(quick=False)]
-    assert len(names) == len(set(names))
+def test_a_whole_run_names_every_program_once_and_takes_no_memory_before_it_starts():
+    before = len(jax.live_arrays())
+    options = Options.parse("A bench.", [])
+    names = [program.name for group in kernels.groups(options) for program in group]
+    assert len(jax.live_arrays()) == before
+    once = [name for name in names if not name.endswith("/product")]  # every group has its own
+    assert len(once) == len(set(once))
+    assert {name.rsplit("/", 1)[1] for name in names if "t4096/a8/r64/" in name} == {
+        "triton",
+        "fixed-tile",
+        "masked-dense",
+        "loop",
+    }
+    assert not any("/a32/" in name and name.endswith("/loop") for name in names)
 
 
-def added(impl, us, *, tokens=32, adapters=32, rank=64):
+def added(impl, us, *, tokens=32, adapters=32, rank=64, host=0.5):
     name = f"lora/x/t{tokens}/a{adapters}/r{rank}/{impl}"
-    fields = dict(batch=tokens, adapters=adapters, rank_sum=adapters * rank)
+    fields = dict(batch=tokens, adapters=adapters, rank_sum=adapters * rank, host_fraction=host)
     return fields | dict(name=name, impl=impl, added_ms=us / 1e3)
 
 
 def test_the_summary_has_means_the_worst_point_and_the_time_a_rank():
     records = [added("triton", 4.0), added("masked-dense", 8.0), added("loop", 16.0)]
-    records += [added(impl, 2.0, rank=8) for impl in ("triton", "masked-dense")]
+    records += [added("triton", 2.0, rank=8), added("masked-dense", 2.0, rank=8, host=0.9)]
     first, *rest = lora_summary.lines([*records, {"name": "x", "impl": "product"}])
     assert (
         "2 points: 0.71 in geometric mean, 0 above 1.1, the worst 1.00 (lora/x/t32/a32/r8)" in first
     )
-    assert rest[:2] == ["masked-dense to ours: 1.41", "loop to ours: 4.00"]
-    assert "sum to 256: adds 2.0 us, 7.81 ns a rank" in rest[2]
+    assert "1 points: 0.50 in geometric mean" in rest[0]  # at rank 8 the rival waits for the host
+    assert rest[1:3] == ["masked-dense to ours: 1.41", "loop to ours: 4.00"]
+    assert "sum to 256: adds 2.0 us, 7.81 ns a rank" in rest[3]
     assert lora_summary.lines([{"name": "x", "impl": "product"}]) == []

@@ -25,7 +25,7 @@ class EngineConfig:
       max_tokens_per_step: prompt and decode tokens of one step; None is two prompts of an image
         and a short text. Longer prompts take several steps.
       steps_ahead: decode steps in flight while the tokens of an earlier one are read, as long as
-        no request waits or has prompt left, and pages last; otherwise 1. None is 2 on an
+        no request waits for room or has prompt left, and pages last; otherwise 1. None is 2 on an
         accelerator and 1 on a CPU.
       max_request_tokens: prompt and answer together; None is what the model's positions allow.
       page_tokens: tokens of a key-value page; prefixes are shared in whole pages.

@@ -23,7 +23,7 @@ from valora_jax.media.tokenizer import Tokenizer
 TOKENIZER = Tokenizer.from_folder(GOLDENS / "checkpoints" / "llava15-tiny")
 PAGE = 4
 # In the proportion of an H100 and LLaVA-1.5-7B.
-HOST_MS, STEP_MS = 1.0, 6.0
+HOST_MS, PROMPT_HOST_MS, STEP_MS = 1.0, 13.0, 6.0
 
 
 @dataclasses.dataclass
@@ -60,7 +60,7 @@ class TimedRunner:
 
     def execute(self, plan: Plan, folded: Folded | None) -> InFlight:
         assert folded is None
-        self.now_ms += HOST_MS
+        self.now_ms += PROMPT_HOST_MS if plan.prefills else HOST_MS
         if self.steps:
             self.idle_ms += max(0.0, self.now_ms - self.done_ms)
         self.done_ms = max(self.now_ms, self.done_ms) + STEP_MS
@@ -140,7 +140,7 @@ def test_decodes_run_as_far_ahead_as_they_may_and_never_past_the_limit():
 def test_who_comes_waits_for_what_is_enqueued_and_for_no_more():
     loop = Loop(steps_ahead=4)
     loop.add([1, 2, 3], 60)
-    while loop.runner.unread < 4:
+    while loop.runner.steps < 8:
         loop.core.step()
     enqueued = loop.runner.steps
     newcomer = loop.add([4] * 20, 5)
@@ -148,14 +148,27 @@ def test_who_comes_waits_for_what_is_enqueued_and_for_no_more():
     while not newcomer.request.pending:
         loop.core.step()
         unread.append(loop.runner.unread)
-    assert unread == [3, 2, 1, 1, 1, 1]  # what is enqueued, then the three chunks of its prompt
+    # The first of three chunks of its prompt right behind what is enqueued, the others one by one.
+    assert unread == [4, 3, 2, 1, 1, 1]
     assert loop.runner.steps == enqueued + 3
     loop.core.step()
     assert loop.runner.unread == 2
     loop.finish()
 
 
-def test_as_long_as_somebody_waits_one_step_is_in_flight():
+@pytest.mark.parametrize(("steps_ahead", "idle_ms"), [(1, 7.0), (2, 1.0), (3, 0.0)])
+def test_a_prompt_is_enqueued_while_the_decodes_before_it_run(steps_ahead, idle_ms):
+    """It takes the host 13 ms, and each decode the device 6 ms."""
+    loop = Loop(steps_ahead=steps_ahead)
+    loop.add([1, 2, 3], 60)
+    for _ in range(20):
+        loop.core.step()
+    loop.add([4, 5, 6], 5)
+    loop.finish()
+    assert loop.runner.idle_ms == idle_ms
+
+
+def test_as_long_as_somebody_waits_for_a_row_one_step_is_in_flight():
     loop = Loop(steps_ahead=4, max_requests=1)
     first, second = loop.add([1, 2, 3], 10), loop.add([4, 5, 6], 10)
     while not first.finished:

@@ -165,6 +165,24 @@ def test_a_plan_is_of_decodes_alone_when_nobody_waits_and_pages_last():
     assert scheduler.only_decodes
 
 
+def test_there_is_room_for_who_waits_when_rows_and_pages_last():
+    scheduler = scheduler_of(pages=7, max_tokens_per_step=16, max_requests=2)
+    assert not scheduler.has_room  # nobody waits
+    scheduler.add(request_of("a", 6, max_tokens=9), request_of("b", 8, max_tokens=9))
+    assert scheduler.has_room
+    step(scheduler)
+    scheduler.add(request_of("c", 3, max_tokens=1))
+    assert not scheduler.has_room  # no row
+    scheduler.finish(scheduler.running[1], "abort")
+    assert scheduler.has_room
+    scheduler.finish(scheduler.waiting[0], "abort")
+    scheduler.add(request_of("d", 17, max_tokens=1))
+    assert not scheduler.has_room  # five pages, and one for a, of the five that are free
+    scheduler.finish(scheduler.waiting[0], "abort")
+    scheduler.add(request_of("e", 16, max_tokens=1))
+    assert scheduler.has_room
+
+
 def test_a_preempted_request_waits_for_its_pending_token():
     scheduler = scheduler_of(pages=5, max_tokens_per_step=20)
     a, b = (request_of(name, 7, max_tokens=9) for name in "ab")

@@ -1,8 +1,8 @@
 """The engine's loop: plan, enqueue, read an earlier step, hand tokens to their answers.
 
 Steps are in flight ahead of the host: step n+1 is enqueued before step n's tokens are read, and
-while nothing waits for the host's decisions, `steps_ahead` of them are. Not for several threads at
-once; `Engine` locks.
+behind decodes that nothing in flight decides on, `steps_ahead` of them are. Not for several threads
+at once; `Engine` locks.
 """
 
 import collections
@@ -104,10 +104,7 @@ class EngineCore:
     def step(self) -> list[Job]:
         """Enqueues the next step, reads the oldest one if enough are in flight; returns the jobs
         that have news."""
-        ahead = self._steps_ahead if self.scheduler.only_decodes else 1
-        news = []
-        # Who waits is planned for when all steps but one are read. Ended requests have made room by
-        # then, and the device, which takes steps in order, would not have begun any earlier.
+        ahead, news = self._ahead(), []
         if len(self._in_flight) <= ahead:
             plan, decision = self._plan()
             news += self._fail_unreadable()
@@ -120,6 +117,18 @@ class EngineCore:
         elif self.adapters and not news:
             self.adapters.wait()  # nothing else can change what the next plan finds
         return news
+
+    def _ahead(self) -> int:
+        """How many steps may be in flight when the next is planned.
+
+        Several while they only decode, also when somebody comes who has room: to enqueue a prompt
+        may take the host longer than the device takes for a decode. Else one: ended requests have
+        made room by then, and the device, which takes steps in order, begins no later.
+        """
+        if self.scheduler.only_decodes:
+            return self._steps_ahead
+        prompts = any(step.plan.prefills for step in self._in_flight)
+        return self._steps_ahead if self.scheduler.has_room and not prompts else 1
 
     def _plan(self) -> tuple[Plan | None, Decision]:
         if self.adapters:

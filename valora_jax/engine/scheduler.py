@@ -117,11 +117,18 @@ class Scheduler:
     @property
     def only_decodes(self) -> bool:
         """Whether the next plan admits nobody, computes no prompt and takes nobody's pages."""
-        growing = [request for request in self._running if not request.outputs_planned]
-        if self._waiting or any(request.remaining > 1 for request in growing):
+        if self._waiting or any(r.remaining > 1 and not r.outputs_planned for r in self._running):
             return False
-        new_pages = sum(self._blocks.pages_for(r.total) - len(r.pages) for r in growing)
-        return new_pages <= self._blocks.free_pages
+        return self._new_pages() <= self._blocks.free_pages
+
+    @property
+    def has_room(self) -> bool:
+        """Whether rows and pages are free for who waits first, and more for all who run: steps in
+        flight could only free what it does not need."""
+        if not self._waiting or not self._free_rows or self._waiting[0].pending:
+            return False
+        pages = self._new_pages() + self._blocks.pages_for(self._waiting[0].total)
+        return pages + len(self._running) <= self._blocks.free_pages
 
     def add(self, *requests: Request) -> None:
         """Queues new requests, all or none.
@@ -193,6 +200,11 @@ class Scheduler:
         request.phase = Phase.FINISHED
         request.finish_reason = reason
         self.finished[reason] += 1
+
+    def _new_pages(self) -> int:
+        """That those who run lack for the tokens of the next step."""
+        growing = (request for request in self._running if not request.outputs_planned)
+        return sum(self._blocks.pages_for(r.total) - len(r.pages) for r in growing)
 
     def _plan_decodes(self, plan: Plan, serves: Serves) -> None:
         for request in tuple(self._running):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import types
 from unittest import mock
 
 import hypothesis
@@ -192,6 +193,19 @@ def test_decodes_of_others_wait_for_steps_without_prompts_where_these_pay_more_f
     assert all(step.mode is Mode.MERGED for step in held)
 
 
+def test_of_several_who_decode_later_one_alone_pays_for_lora_once_more():
+    def estimate_ms(chunks, folded):  # a step 10 ms, a row 1 and LoRA 5
+        return 10 + len(chunks) + 5 * any(adapter != folded for adapter, _ in chunks)
+
+    def later_ms(*adapters):
+        chunks = [(0, 100), *((adapter, 1) for adapter in adapters)]
+        round = types.SimpleNamespace(estimate_ms=estimate_ms)
+        return valora_policy._decode_later_ms(round, chunks, frozenset([0]), 0)
+
+    assert later_ms(0, 0, 0, 0, 2) == 5 + 1 + 21 / 6  # LoRA, its row, and it ends a step later
+    assert later_ms(0, 0, 0, 2, 3) == 2 + 2 * 21 / 6
+
+
 def test_nobody_is_held_back_where_lora_is_light():
     run = simulation(arrivals(*[(0.0, 0, 300)] * 6, *[(1.0, 2, 50)] * 2), device=Device())
     assert all(step.decision.only is None for step in steps_of(run))
@@ -205,6 +219,16 @@ def test_nobody_is_held_back_while_rows_are_short():
     assert short
     assert all(step.decision.only is None for step in short)
     assert any(step.decision.only is not None for step in steps if 1.0 < step.start_s < 1.5)
+
+
+def test_who_decodes_later_while_rows_are_short_does_so_in_the_next_step():
+    trace = arrivals(*[(0.0, 0, 600)] * 5, (1.0, 2, 100))
+    trace += [Arrival(at_s=1.1, adapter=0, prompt_tokens=100, output_tokens=2)] * 60
+    run = simulation(trace, device=Device(times=StepTimes(prompt_lora_ms=5.0)))
+    steps = [s for s in steps_of(run) if 1.1 < s.start_s < run.requests[5].finished_s]
+    held = [2 not in {request.adapter for request in step.requests} for step in steps]
+    assert sum(held) > 10
+    assert not any(one and other for one, other in itertools.pairwise(held))
 
 
 def test_two_alike_do_not_flap():

@@ -9,7 +9,7 @@ for everybody, and a share `q` of the requests served in every k-th step only, i
 
 Those who only decode are also left out of a step with prompts, where LoRA costs most, if that costs
 less than what everybody loses: they decode in a later step, which they make longer by less, and end
-one step later.
+one step later. Of several, only the last is in a step with LoRA that would have been without.
 
 The paper goes by shares of a batch: merged above one half. That fits a LoRA that makes steps nearly
 twice as long; where a step pays a few per cent, holding back half the requests does not.
@@ -36,6 +36,7 @@ class _Choice:
       everybody: serves all.
       everybody_ms: time of that step.
       some: serves those who gain, the others after `patience_s`; None if that does not pay.
+      row_patience_s: the same while requests wait for the rows of those who are held back.
       token_ms: mean time of a request's token.
       unmerged_ms: of everybody's step without a copy.
     """
@@ -44,6 +45,7 @@ class _Choice:
     everybody_ms: float
     some: Decision | None = None
     patience_s: float = 0.0
+    row_patience_s: float = 0.0
     token_ms: float
     unmerged_ms: float
 
@@ -53,7 +55,8 @@ class Valora:
 
     A request's credit is the time it waited, the time of the steps until it was served (those who
     wait before it go first) and that of a merge's next chunk. When one passes theta, or waited as
-    long as holding it back pays, or rows are short, the next step serves everybody.
+    long as holding it back pays, the next step serves everybody; while rows are short also when
+    it would not decode in the very next one.
 
     Another adapter is folded in once that would have saved, in the steps of the last seconds, twice
     what the merge costs and twice what the present copy saved. So merges stay rare where adapters
@@ -108,14 +111,15 @@ class Valora:
                 continue
             some_ms = round.estimate_ms(served, folded)
             period, token_ms = _hold_back(some_ms, everybody_ms, 1 - len(served) / len(chunks))
-            patience_s = (period - 1) * some_ms / 1e3
+            patience_s, row_patience_s = (period - 1) * some_ms / 1e3, 0.0
             if (once_ms := some_ms + _decode_later_ms(round, chunks, some, folded)) < token_ms:
-                token_ms, patience_s = once_ms, self._max_wait_s
+                token_ms, patience_s, row_patience_s = once_ms, self._max_wait_s, some_ms / 1e3
             if token_ms < min(best.token_ms, (1 - _LEAST_GAIN) * everybody_ms):
                 best = dataclasses.replace(
                     best,
                     some=Decision(folded=folded, only=some),
                     patience_s=patience_s,
+                    row_patience_s=row_patience_s,
                     token_ms=token_ms,
                 )
         return best
@@ -123,9 +127,9 @@ class Valora:
     def _starves(self, round: Round, choice: _Choice, *, merging: bool) -> bool:
         """Whether one of those whom `choice.some` leaves out must not wait any more."""
         assert choice.some is not None
-        # Who is held back keeps its row: where rows are short, others would wait for it in turn.
-        if len(round.running) + len(round.waiting) > round.limits.max_requests:
-            return True
+        # Who is held back keeps its row: where rows are short, others wait for it in turn.
+        rows_short = len(round.running) + len(round.waiting) > round.limits.max_requests
+        patience_s = choice.row_patience_s if rows_short else choice.patience_s
         step_s = choice.everybody_ms / 1e3
         chunk_s = round.limits.merge_chunk_ms / 1e3 if merging else 0.0
         tokens = 0
@@ -136,7 +140,7 @@ class Valora:
             tokens += request.remaining
             steps = math.ceil(tokens / round.limits.max_tokens_per_step)
             credit_s = waited_s + steps * (step_s + chunk_s)
-            if credit_s > self._max_wait_s or waited_s >= choice.patience_s:
+            if credit_s > self._max_wait_s or waited_s >= patience_s:
                 return True
         return False
 
@@ -218,7 +222,11 @@ def _decode_later_ms(
     decodes: Chunks = [(adapter, 1) for adapter, _ in chunks]
     everybody_ms = round.estimate_ms(decodes, None)
     some_ms = round.estimate_ms([chunk for chunk in decodes if chunk[0] in some], folded)
-    return everybody_ms - some_ms + everybody_ms * len(held) / len(chunks)
+    later_ms = everybody_ms
+    if len(held) > 1:  # LoRA is in that step anyway, and they add their rows
+        alike = [(adapter if adapter in some else folded, 1) for adapter, _ in chunks]
+        later_ms = max(round.estimate_ms(alike, folded), some_ms)
+    return later_ms - some_ms + everybody_ms * len(held) / len(chunks)
 
 
 def _rival(round: Round, chunks: Chunks) -> Adapter | None:

@@ -164,3 +164,10 @@ def test_a_shape_off_the_line_does_not_hide_what_lora_takes(merged, known):
     )
     lora_ms = times.lora_ms + 16 * times.page_ms
     assert saved_ms == pytest.approx(lora_ms, rel=known)
+
+
+@pytest.mark.parametrize(("ms", "then_ms"), [(12.0, 10.6), (900.0, 13.0), (0.0, 8.5)])
+def test_one_odd_merge_says_little_about_the_next(ms, then_ms):
+    costs = StepCosts(merge_ms=10.0)
+    costs.observe_merge(ms)
+    assert costs.merge_ms == pytest.approx(then_ms)

@@ -119,5 +119,5 @@ def test_costs_may_be_brought_along():
         traits=collections.defaultdict(lambda: AdapterTraits(pages=1.0)).__getitem__,
         costs=costs,
     )
-    orchestrator.observe_merge(13.0)
-    assert costs.merge_ms == pytest.approx(6.0)
+    orchestrator.observe_merge(5.0)
+    assert costs.merge_ms == pytest.approx(3.6)

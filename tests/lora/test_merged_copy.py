@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.lora_matmul import PAGE_RANKS, LoraPool
+from valora_jax.lora import merged_copy
 from valora_jax.lora.merged_copy import MergedCopy, MergedLinear, copy_bytes
 
 # As wide as a GPU's kernel asks for.
@@ -121,6 +122,13 @@ def test_its_memory_is_that_of_the_linears():
     f32 = np.dtype(np.float32)
     base = {f32: base_leaves(f32)}
     assert copy_bytes(base, LINEARS) == 4 * LAYERS * WIDTH * (192 + 64)
+
+
+def test_the_quickest_of_a_few_merges_counts(monkeypatch):
+    f32 = np.dtype(np.float32)
+    copy, clock = make({f32: base_leaves(f32)}), iter([0.0, 0.05, 1.0, 1.01, 2.0, 2.02])
+    monkeypatch.setattr(merged_copy.time, "perf_counter", lambda: next(clock))
+    assert copy.measure_ms(pools()) == pytest.approx(10.0)
 
 
 def test_measuring_leaves_a_copy_that_can_be_filled():

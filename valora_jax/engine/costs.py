@@ -91,6 +91,7 @@ _FORGETS = (*[1e-4] * _BASE_TERMS, *[1e-5] * 4, 2e-3)
 _FACTORS_FORGET = (0.02, 0.02, 0.02)
 # One slow step, of a collected garbage or a busy host, says little about the next.
 _LARGEST_SURPRISE = 0.1
+_MERGE_SURPRISE = 2.0  # and no merge takes a multiple of the others, or next to nothing
 _UNLIMITED_STEPS = 50  # as many at the start, when the first guess may be of another device
 _NOISE = 0.05  # of a step's time
 # Of the guess. Steps that all use LoRA may hide what it takes, and would be all there ever are.
@@ -210,7 +211,9 @@ class StepCosts:
 
     def observe_merge(self, ms: float) -> None:
         """Learns from a merge of all linears whose chunks took `ms` together."""
-        self.merge_ms += 0.3 * (ms - self.merge_ms)
+        # It is what steps took longer than estimated: errors of estimates add up in it.
+        bounded_ms = min(max(ms, self.merge_ms / _MERGE_SURPRISE), self.merge_ms * _MERGE_SURPRISE)
+        self.merge_ms += 0.3 * (bounded_ms - self.merge_ms)
 
     def _parts_ms(self, load: StepLoad) -> tuple[float, float, float]:
         """On the line: the base, LoRA, and this again in a mixture; for the factors, in order."""

@@ -82,7 +82,7 @@ def _latency(records: Sequence[Record]) -> Any:
                 label=policy,
                 **dict(linewidth=1.3, markersize=4) | look,
             )
-        panel.set_title(title, fontsize=9)
+        panel.set_title(title, fontsize=7)
         _scale(panel, [r["token_ms"]["mean"] for r in own])
         panel.tick_params(which="both", labelsize=7)
         panel.grid(which="both", alpha=0.3, linewidth=0.5)

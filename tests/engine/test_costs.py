@@ -171,3 +171,20 @@ def test_one_odd_merge_says_little_about_the_next(ms, then_ms):
     costs = StepCosts(merge_ms=10.0)
     costs.observe_merge(ms)
     assert costs.merge_ms == pytest.approx(then_ms)
+
+
+def test_the_line_does_not_follow_the_load_of_the_last_steps():
+    """Each compiled shape is off the line by some per cent; only one is seen at last."""
+    rng, costs = random.Random(0), StepCosts()
+    off = {16: 1.06, 64: 0.97}
+
+    def teach(decodes: int) -> None:
+        load = dataclasses.replace(load_of(decodes=decodes), bucket=16 if decodes <= 16 else 64)
+        costs.observe(load, off[load.bucket] * StepTimes().of(load) * rng.gauss(1, 0.01))
+
+    for _ in range(1000):
+        teach(rng.randint(1, 64))
+    for _ in range(500):
+        teach(rng.randint(50, 64))
+    calm = dataclasses.replace(load_of(decodes=10), bucket=16)
+    assert costs.estimate_ms(calm) == pytest.approx(off[16] * StepTimes().of(calm), rel=0.03)

@@ -84,10 +84,12 @@ _DEVIATIONS = (*[3.0] * _BASE_TERMS, 1.0, *[0.3] * 4)  # in steps
 # a mixture; and how far off these may be.
 _FACTORS = (1.0, 1.0, 0.0)
 _FACTOR_DEVIATIONS = (0.15, 0.3, 0.3)
-# Shares of what is known of each that go with a step. Half of the base's goes in 7,000 steps, of
-# LoRA's in 70,000: while all steps use it, only the guess tells it from the base. Of what a mixture
-# takes on top it goes in 350, and of a shape's factors in 35: what looks bad is to be tried again.
-_FORGETS = (*[1e-4] * _BASE_TERMS, *[1e-5] * 4, 2e-3)
+# Shares of what is known of each that go with a step. Of the base's hardly any: with its wide
+# deviations 1e-4 made the line follow the load of the last seconds, and be off for all others. Half
+# of LoRA's goes in 70,000 steps: while all steps use it, only the guess tells it from the base. Of
+# what a mixture takes on top it goes in 350, and of a shape's factors in 35: what looks bad is to
+# be tried again.
+_FORGETS = (*[1e-6] * _BASE_TERMS, *[1e-5] * 4, 2e-3)
 _FACTORS_FORGET = (0.02, 0.02, 0.02)
 # One slow step, of a collected garbage or a busy host, says little about the next.
 _LARGEST_SURPRISE = 0.1

@@ -8,7 +8,7 @@ import pytest
 from tests.engine.engines import GOLDENS
 from valora_jax.engine.answer import Answer, PromptScores
 from valora_jax.engine.outputs import Logprob
-from valora_jax.engine.sampler import Sampled
+from valora_jax.engine.sampler import Logprobs, Sampled
 from valora_jax.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from valora_jax.media.tokenizer import Tokenizer
 
@@ -36,10 +36,12 @@ def rows_of(tokens: list[int]) -> Sampled:
     S = len(tokens)
     return Sampled(
         token_S=np.array(tokens, np.int32),
-        logprob_S=-1.0 - np.arange(S, dtype=np.float32),
-        rank_S=np.full(S, 30, np.int32),
-        top_token_SK=np.tile(10 + np.arange(MAX_LOGPROBS, dtype=np.int32), (S, 1)),
-        top_logprob_SK=np.tile(-0.1 * np.arange(MAX_LOGPROBS, dtype=np.float32), (S, 1)),
+        logprobs=Logprobs(
+            logprob_S=-1.0 - np.arange(S, dtype=np.float32),
+            rank_S=np.full(S, 30, np.int32),
+            top_token_SK=np.tile(10 + np.arange(MAX_LOGPROBS, dtype=np.int32), (S, 1)),
+            top_logprob_SK=np.tile(-0.1 * np.arange(MAX_LOGPROBS, dtype=np.float32), (S, 1)),
+        ),
     )
 
 

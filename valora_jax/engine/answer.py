@@ -21,20 +21,21 @@ def logprobs_of(
     sampled: Sampled, row: int, *, number: int, tokenizer: Tokenizer
 ) -> dict[int, Logprob]:
     """The `number` likeliest tokens of a row, and the one taken, by token id."""
-    taken = int(sampled.token_S[row])
+    taken, logprobs = int(sampled.token_S[row]), sampled.logprobs
+    assert logprobs is not None  # whoever wants some is not sampled without
     found = {
         taken: Logprob(
-            logprob=float(sampled.logprob_S[row]),
-            rank=int(sampled.rank_S[row]),
+            logprob=float(logprobs.logprob_S[row]),
+            rank=int(logprobs.rank_S[row]),
             decoded_token=tokenizer.token_text(taken),
         )
     }
     for k in range(number):
-        token = int(sampled.top_token_SK[row, k])
+        token = int(logprobs.top_token_SK[row, k])
         found.setdefault(
             token,
             Logprob(
-                logprob=float(sampled.top_logprob_SK[row, k]),
+                logprob=float(logprobs.top_logprob_SK[row, k]),
                 rank=k + 1,
                 decoded_token=tokenizer.token_text(token),
             ),
@@ -79,10 +80,9 @@ class Answer:
         token = int(sampled.token_S[row])
         self._tokens.append(token)
         if (number := self._params.logprobs) is not None:
-            self._logprobs.append(
-                logprobs_of(sampled, row, number=number, tokenizer=self._tokenizer)
-            )
-            self._cumulative += float(sampled.logprob_S[row])
+            found = logprobs_of(sampled, row, number=number, tokenizer=self._tokenizer)
+            self._logprobs.append(found)
+            self._cumulative += found[token].logprob
         may_stop = len(self._tokens) >= self._params.min_tokens
         if may_stop and token in self._end_tokens | self._stop_tokens:
             self._stop_reason = None if token in self._end_tokens else token

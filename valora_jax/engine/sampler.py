@@ -57,17 +57,39 @@ class SamplerState:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Sampled:
-    """What a step hands to the host; log-probabilities are zeros where no row wants any.
+class Logprobs:
+    """Of the taken and of the likeliest tokens; zeros where no row wants any.
 
-    Log-probabilities are of the model itself, before penalties and temperature, as in vLLM.
+    Of the model itself, before penalties and temperature, as in vLLM.
     """
 
-    token_S: jax.Array
     logprob_S: jax.Array
     rank_S: jax.Array
     top_token_SK: jax.Array
     top_logprob_SK: jax.Array
+
+    @classmethod
+    def zeros(cls, rows: int) -> "Logprobs":
+        return cls(
+            logprob_S=jnp.zeros(rows, jnp.float32),
+            rank_S=jnp.zeros(rows, jnp.int32),
+            top_token_SK=jnp.zeros((rows, MAX_LOGPROBS), jnp.int32),
+            top_logprob_SK=jnp.zeros((rows, MAX_LOGPROBS), jnp.float32),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Sampled:
+    """What a step hands to the host.
+
+    Attributes:
+      token_S: int32.
+      logprobs: None from `sample_likeliest`: each array is a copy more for the host to ask for.
+    """
+
+    token_S: jax.Array
+    logprobs: Logprobs | None = None
 
     def is_ready(self) -> bool:
         """Whether the step has ended."""
@@ -107,7 +129,12 @@ def sample(
         output_count_RV=state.output_count_RV.at[row_S, token_S].add(1),
         in_prompt_RV=state.in_prompt_RV,
     )
-    return _with_logprobs(logits_SV, token_S, rows["wants_logprobs"] > 0), state
+    sampled = jax.lax.cond(
+        rows["wants_logprobs"] > 0,
+        lambda: token_logprobs(logits_SV, token_S),
+        lambda: Sampled(token_S=token_S, logprobs=Logprobs.zeros(len(token_S))),
+    )
+    return sampled, state
 
 
 def wants_only_likeliest(rows: Mapping[str, np.ndarray], *, vocab_rows: int) -> bool:
@@ -128,7 +155,7 @@ def sample_likeliest(
     """Takes each row's likeliest token, and remembers it for the next step alone."""
     token_S = _likeliest(logits_SV)
     last_token_R = state.last_token_R.at[row_S].set(token_S)
-    return _without_logprobs(token_S), dataclasses.replace(state, last_token_R=last_token_R)
+    return Sampled(token_S=token_S), dataclasses.replace(state, last_token_R=last_token_R)
 
 
 def token_logprobs(logits_SV: jax.Array, token_S: jax.Array) -> Sampled:
@@ -138,32 +165,13 @@ def token_logprobs(logits_SV: jax.Array, token_S: jax.Array) -> Sampled:
     # A vocabulary smaller than K fills up with its least likely token.
     top_logprob_SK, top_token_SK = jax.lax.top_k(logprob_SV, min(MAX_LOGPROBS, logits_SV.shape[1]))
     pad = ((0, 0), (0, MAX_LOGPROBS - top_token_SK.shape[1]))
-    return Sampled(
-        token_S=token_S,
+    logprobs = Logprobs(
         logprob_S=logprob_S,
         rank_S=1 + (logprob_SV > logprob_S[:, None]).sum(-1, dtype=jnp.int32),
         top_token_SK=jnp.pad(top_token_SK, pad, "edge"),
         top_logprob_SK=jnp.pad(top_logprob_SK, pad, "edge"),
     )
-
-
-def _with_logprobs(logits_SV, token_S, wanted) -> Sampled:
-    return jax.lax.cond(
-        wanted,
-        lambda: token_logprobs(logits_SV, token_S),
-        lambda: _without_logprobs(token_S),
-    )
-
-
-def _without_logprobs(token_S) -> Sampled:
-    S = token_S.shape[0]
-    return Sampled(
-        token_S=token_S,
-        logprob_S=jnp.zeros(S, jnp.float32),
-        rank_S=jnp.zeros(S, jnp.int32),
-        top_token_SK=jnp.zeros((S, MAX_LOGPROBS), jnp.int32),
-        top_logprob_SK=jnp.zeros((S, MAX_LOGPROBS), jnp.float32),
-    )
+    return Sampled(token_S=token_S, logprobs=logprobs)
 
 
 def _likeliest(logits_SV):

@@ -6,8 +6,15 @@ import math
 from typing import Any
 
 from pallas_kernels.lora_matmul import tiles, tiles_linear
-from pallas_kernels.lora_matmul.tiles import LoraTile, fitted, lora_tile, refusals
+from pallas_kernels.lora_matmul.tiles import (
+    LoraTile,
+    fitted,
+    lora_tile,
+    multiprocessors,
+    refusals,
+)
 from pallas_kernels.lora_matmul.tiles_linear import MAX_ROWS, LinearTile, linear_tile
+from pallas_kernels.tuning.search import replaced
 from pallas_kernels.tuning.table import Entry, Key, Segments, Table, TileKind, path_of
 
 LORA, LINEAR = "lora", "linear"  # operators: shrink and expand, and all of a product in one launch
@@ -83,9 +90,17 @@ def linear_tile_for(
     if parts == 1:
         # Searches meet no mixture. Its lists have two blocks: of the adapter that is added, and of
         # the one that is subtracted. One after the other they outlast the product of one linear.
-        shrink = dataclasses.replace(tile.shrink, rank_programs=max(2, tile.shrink.rank_programs))
-        tile = dataclasses.replace(tile, shrink=shrink)
+        shared = replaced(tile, "shrink.rank_programs", max(2, tile.shrink.rank_programs))
+        if _programs(shared, key) <= multiprocessors(device):
+            tile = shared
     return tiles_linear.fitted(tile, rows=key.tokens, itemsize=itemsize)
+
+
+def _programs(tile: LinearTile, key: Key) -> int:
+    """Of a launch; those that find no multiprocessor of their own make the others wait."""
+    row_programs = min(tile.row_programs, key.tokens)
+    of_shrink = row_programs * tile.shrink.splits * tile.shrink.rank_programs
+    return of_shrink + math.ceil(key.columns / tile.block_columns)
 
 
 def _measured(key: Key, *, height: int, itemsize: int, device: str) -> Any:

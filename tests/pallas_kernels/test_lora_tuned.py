@@ -136,14 +136,21 @@ def for_mixtures(tile):
 
 
 def test_a_small_step_takes_the_tile_of_one_launch(device, monkeypatch):
-    measured = linear_entry(key(8, op="linear"), row_programs=3, block_columns=32)
+    measured = linear_entry(key(8, op="linear"), row_programs=3, block_columns=64)
     ship(device, measured, entry(key(8), height=16))
     assert linear_tile_of_call(monkeypatch, rows=8) == for_mixtures(measured.tile)
     assert linear_tile_of_call(monkeypatch, rows=16).row_programs == 6
     computed = tiles_linear.linear_tile(width=4096, columns=4096, parts=1, itemsize=4)
-    want = for_mixtures(computed)
-    assert linear_tile_of_call(monkeypatch, rows=8, dtype=jnp.float32) == want
+    assert linear_tile_of_call(monkeypatch, rows=8, dtype=jnp.float32) == computed
     assert linear_tile_of_call(monkeypatch, rows=8) == for_mixtures(measured.tile)
+
+
+def test_ranks_are_shared_while_all_programs_find_a_multiprocessor(device, monkeypatch):
+    shrink = dataclasses.replace(linear_entry(key(8, op="linear")).tile.shrink, splits=2)
+    measured = linear_entry(key(16, op="linear"), row_programs=16, block_columns=64, shrink=shrink)
+    ship(device, measured)  # 64 columns a program, and 16 * 2 shrink programs or twice as many
+    assert linear_tile_of_call(monkeypatch, rows=16) == for_mixtures(measured.tile)
+    assert linear_tile_of_call(monkeypatch, rows=18).shrink == shrink
 
 
 def test_more_rows_keep_fewer_steps_in_flight_where_memory_ends(device, monkeypatch):

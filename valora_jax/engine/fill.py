@@ -4,12 +4,14 @@ Names of the fields are those of `BatchLayout`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from valora_jax.engine.plan import Chunk, Plan
 from valora_jax.engine.request import ImageSpan, Request
+from valora_jax.engine.sampling_params import SamplingParams
 
 type Fields = Mapping[str, np.ndarray]
 
@@ -47,21 +49,10 @@ def neutral(fields: Fields, *, vocab_rows: int, padding_row: int) -> None:
 
 def fill(fields: Fields, plan: Plan, sources: Sources) -> list[Request]:
     """Writes the plan's chunks, decodes first; returns the request of each sampled row."""
-    sampled: list[Request] = []
-    start = 0
-    for chunk in plan.chunks:
-        _fill_tokens(fields, chunk, start, sources)
-        if chunk.samples:
-            _fill_row(fields, chunk.request, len(sampled), sources)
-            fields["sample_index"][len(sampled)] = start + chunk.length - 1
-            sampled.append(chunk.request)
-        start += chunk.length
-    for d, chunk in enumerate(plan.decodes):
-        fields["decode_kv_len"][d] = chunk.start + 1
-        _fill_pages(fields["decode_page"][d], chunk.request)
-    fields["decode_count"][...] = len(plan.decodes)
+    _fill_decodes(fields, plan.decodes, sources)
     start = len(plan.decodes)
     for c, chunk in enumerate(plan.prefills):
+        _fill_tokens(fields, chunk, start, sources)
         fields["chunk_start"][c] = start
         fields["chunk_len"][c] = chunk.length
         fields["chunk_kv_len"][c] = chunk.start + chunk.length
@@ -69,7 +60,11 @@ def fill(fields: Fields, plan: Plan, sources: Sources) -> list[Request]:
         start += chunk.length
     if plan.prefills:
         fields["chunk_count"][...] = len(plan.prefills)
-    return sampled
+    ends = itertools.accumulate(chunk.length for chunk in plan.chunks)
+    last = {c.request: end - 1 for c, end in zip(plan.chunks, ends, strict=True) if c.samples}
+    fields["sample_index"][: len(last)] = [*last.values()]
+    _fill_rows(fields, [*last], sources)
+    return [*last]
 
 
 def next_tokens(plan: Plan, tokens: int) -> np.ndarray:
@@ -87,21 +82,43 @@ def _fill_pages(row_W: np.ndarray, request: Request) -> None:
     row_W[: len(request.pages)] = request.pages
 
 
+def _fill_decodes(fields: Fields, decodes: Sequence[Chunk], sources: Sources) -> None:
+    """One token each: field by field, as a busy step has dozens of them."""
+    requests, where = [chunk.request for chunk in decodes], slice(len(decodes))
+    position_B = np.array([chunk.start for chunk in decodes], np.int32)
+    fields["token"][where] = [
+        # The device alone knows a token that was sampled in a step which is not read yet.
+        r.known_tokens(c.start, c.start + 1)[0] if c.start < r.known else -1
+        for c, r in zip(decodes, requests, strict=True)
+    ]
+    fields["token_row"][where] = [request.row for request in requests]
+    fields["position"][where] = position_B
+    fields["page"][where] = [c.request.pages[c.start // sources.page_tokens] for c in decodes]
+    fields["offset"][where] = position_B % sources.page_tokens
+    fields["adapter"][where] = [sources.adapter_slot(request) for request in requests]
+    fields["decode_kv_len"][where] = position_B + 1
+    fields["decode_count"][...] = len(decodes)
+    for b, chunk in enumerate(decodes):
+        _fill_pages(fields["decode_page"][b], chunk.request)
+        _fill_images(fields, chunk, b, sources)
+
+
 def _fill_tokens(fields: Fields, chunk: Chunk, start: int, sources: Sources) -> None:
     request, where = chunk.request, slice(start, start + chunk.length)
     stop = chunk.start + chunk.length
-    if stop <= request.known:
-        fields["token"][where] = request.known_tokens(chunk.start, stop)
-    else:  # a decode whose token only the device knows
-        fields["token"][where] = -1
-    fields["token_row"][where] = request.row
     position_T = np.arange(chunk.start, stop)
+    fields["token"][where] = request.known_tokens(chunk.start, stop)
+    fields["token_row"][where] = request.row
     fields["position"][where] = position_T
     fields["page"][where] = np.asarray(request.pages)[position_T // sources.page_tokens]
     fields["offset"][where] = position_T % sources.page_tokens
     fields["adapter"][where] = sources.adapter_slot(request)
-    for index, image in enumerate(request.images):
-        if image.end > chunk.start and image.start < stop:
+    _fill_images(fields, chunk, start, sources)
+
+
+def _fill_images(fields: Fields, chunk: Chunk, start: int, sources: Sources) -> None:
+    for index, image in enumerate(chunk.request.images):
+        if image.end > chunk.start and image.start < chunk.start + chunk.length:
             _fill_features(fields["feature_row"], chunk, start, image, index, sources)
 
 
@@ -121,24 +138,28 @@ def _fill_features(
     feature_row_T[start + first - chunk.start : start + last - chunk.start] = rows
 
 
-def _fill_row(fields: Fields, request: Request, row: int, sources: Sources) -> None:
-    params = request.params
-    assert params.seed is not None  # the engine draws one where the caller gave none
-    generated = len(request.output_token_ids) + request.pending - 1  # this one is pending already
-    fields["state_row"][row] = request.row
-    fields["step"][row] = generated
-    fields["seed"][row] = _seed32(params.seed)
-    fields["temperature"][row] = 0 if params.greedy else params.temperature
-    fields["top_k"][row] = params.top_k
+def _fill_rows(fields: Fields, requests: Sequence[Request], sources: Sources) -> None:
+    where, params = slice(len(requests)), [request.params for request in requests]
+    # The one that is sampled now is pending already.
+    generated = [len(r.output_token_ids) + r.pending - 1 for r in requests]
+    fields["state_row"][where] = [request.row for request in requests]
+    fields["step"][where] = generated
+    fields["seed"][where] = _seeds32(params)
+    fields["temperature"][where] = [0 if p.greedy else p.temperature for p in params]
+    fields["top_k"][where] = [p.top_k for p in params]
     for name in ("top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
-        fields[name][row] = getattr(params, name)
-    if generated < params.min_tokens:
-        banned = sources.stop_ids(request)
-        fields["banned"][row, : len(banned)] = banned
-    if params.logprobs is not None:
-        fields["wants_logprobs"][...] = 1
+        fields[name][where] = [getattr(p, name) for p in params]
+    for row, (request, p) in enumerate(zip(requests, params, strict=True)):
+        if generated[row] < p.min_tokens:
+            banned = sources.stop_ids(request)
+            fields["banned"][row, : len(banned)] = banned
+        if p.logprobs is not None:
+            fields["wants_logprobs"][...] = 1
 
 
-def _seed32(seed: int) -> np.int32:
-    """Folds a seed of any size into the 32 bits that a step carries."""
-    return np.uint32((seed ^ (seed >> 32)) & 0xFFFFFFFF).view(np.int32)
+def _seeds32(params: Sequence[SamplingParams]) -> np.ndarray:
+    """Folds seeds of any size into the 32 bits that a step carries."""
+    seeds = [p.seed for p in params if p.seed is not None]  # all: the engine draws those not given
+    return np.array([(seed ^ (seed >> 32)) & 0xFFFFFFFF for seed in seeds], np.uint32).view(
+        np.int32
+    )

@@ -49,13 +49,16 @@ def neutral(fields: Fields, *, vocab_rows: int, padding_row: int) -> None:
 
 def fill(fields: Fields, plan: Plan, sources: Sources) -> list[Request]:
     """Writes the plan's chunks, decodes first; returns the request of each sampled row."""
-    _fill_decodes(fields, plan.decodes, sources)
+    _fill_tokens(fields, plan.chunks, sources)
+    for d, chunk in enumerate(plan.decodes):
+        fields["decode_kv_len"][d] = chunk.start + 1
+        _fill_pages(fields["decode_page"][d], chunk.request)
+    fields["decode_count"][...] = len(plan.decodes)
     start = len(plan.decodes)
     for c, chunk in enumerate(plan.prefills):
-        _fill_tokens(fields, chunk, start, sources)
         fields["chunk_start"][c] = start
         fields["chunk_len"][c] = chunk.length
-        fields["chunk_kv_len"][c] = chunk.start + chunk.length
+        fields["chunk_kv_len"][c] = chunk.stop
         _fill_pages(fields["chunk_page"][c], chunk.request)
         start += chunk.length
     if plan.prefills:
@@ -72,7 +75,7 @@ def next_tokens(plan: Plan, tokens: int) -> np.ndarray:
     next_T = np.zeros(tokens, np.int32)
     start = 0
     for chunk in plan.chunks:
-        following = chunk.request.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.length + 1]
+        following = chunk.request.prompt_token_ids[chunk.start + 1 : chunk.stop + 1]
         next_T[start : start + len(following)] = following
         start += chunk.length
     return next_T
@@ -82,44 +85,30 @@ def _fill_pages(row_W: np.ndarray, request: Request) -> None:
     row_W[: len(request.pages)] = request.pages
 
 
-def _fill_decodes(fields: Fields, decodes: Sequence[Chunk], sources: Sources) -> None:
-    """One token each: field by field, as a busy step has dozens of them."""
-    requests, where = [chunk.request for chunk in decodes], slice(len(decodes))
-    position_B = np.array([chunk.start for chunk in decodes], np.int32)
-    fields["token"][where] = [
-        # The device alone knows a token that was sampled in a step which is not read yet.
-        r.known_tokens(c.start, c.start + 1)[0] if c.start < r.known else -1
-        for c, r in zip(decodes, requests, strict=True)
-    ]
-    fields["token_row"][where] = [request.row for request in requests]
-    fields["position"][where] = position_B
-    fields["page"][where] = [c.request.pages[c.start // sources.page_tokens] for c in decodes]
-    fields["offset"][where] = position_B % sources.page_tokens
-    fields["adapter"][where] = [sources.adapter_slot(request) for request in requests]
-    fields["decode_kv_len"][where] = position_B + 1
-    fields["decode_count"][...] = len(decodes)
-    for b, chunk in enumerate(decodes):
-        _fill_pages(fields["decode_page"][b], chunk.request)
-        _fill_images(fields, chunk, b, sources)
-
-
-def _fill_tokens(fields: Fields, chunk: Chunk, start: int, sources: Sources) -> None:
-    request, where = chunk.request, slice(start, start + chunk.length)
-    stop = chunk.start + chunk.length
-    position_T = np.arange(chunk.start, stop)
-    fields["token"][where] = request.known_tokens(chunk.start, stop)
-    fields["token_row"][where] = request.row
+def _fill_tokens(fields: Fields, chunks: Sequence[Chunk], sources: Sources) -> None:
+    """Field by field, as a busy step has dozens of chunks of one token."""
+    lengths = [chunk.length for chunk in chunks]
+    rows = np.array([chunk.request.row for chunk in chunks], np.int32)
+    slots = np.array([sources.adapter_slot(chunk.request) for chunk in chunks], np.int32)
+    at = [(chunk.request, p) for chunk in chunks for p in range(chunk.start, chunk.stop)]
+    where, position_T = slice(len(at)), np.array([position for _, position in at], np.int32)
+    fields["token"][where] = [*itertools.chain.from_iterable(map(_tokens, chunks))]
+    fields["token_row"][where] = np.repeat(rows, lengths)
     fields["position"][where] = position_T
-    fields["page"][where] = np.asarray(request.pages)[position_T // sources.page_tokens]
+    fields["page"][where] = [request.pages[p // sources.page_tokens] for request, p in at]
     fields["offset"][where] = position_T % sources.page_tokens
-    fields["adapter"][where] = sources.adapter_slot(request)
-    _fill_images(fields, chunk, start, sources)
+    fields["adapter"][where] = np.repeat(slots, lengths)
+    for chunk, end in zip(chunks, itertools.accumulate(lengths), strict=True):
+        for index, image in enumerate(chunk.request.images):
+            if image.end > chunk.start and image.start < chunk.stop:
+                start = end - chunk.length
+                _fill_features(fields["feature_row"], chunk, start, image, index, sources)
 
 
-def _fill_images(fields: Fields, chunk: Chunk, start: int, sources: Sources) -> None:
-    for index, image in enumerate(chunk.request.images):
-        if image.end > chunk.start and image.start < chunk.start + chunk.length:
-            _fill_features(fields["feature_row"], chunk, start, image, index, sources)
+def _tokens(chunk: Chunk) -> list[int]:
+    if chunk.stop <= chunk.request.known:
+        return chunk.request.known_tokens(chunk.start, chunk.stop)
+    return [-1] * chunk.length  # a decode whose token only the device knows
 
 
 def _fill_features(
@@ -132,7 +121,7 @@ def _fill_features(
 ) -> None:
     """Points the chunk's tokens that lie in an image to the rows of its slot."""
     first = max(image.start, chunk.start)
-    last = min(image.end, chunk.start + chunk.length)
+    last = min(image.end, chunk.stop)
     row = sources.image_slot(chunk.request, index) * sources.tokens_per_image
     rows = np.arange(row + first - image.start, row + last - image.start)
     feature_row_T[start + first - chunk.start : start + last - chunk.start] = rows
@@ -144,7 +133,7 @@ def _fill_rows(fields: Fields, requests: Sequence[Request], sources: Sources) ->
     generated = [len(r.output_token_ids) + r.pending - 1 for r in requests]
     fields["state_row"][where] = [request.row for request in requests]
     fields["step"][where] = generated
-    fields["seed"][where] = _seeds32(params)
+    fields["seed"][where] = np.array([_seed32(p) for p in params], np.uint32).view(np.int32)
     fields["temperature"][where] = [0 if p.greedy else p.temperature for p in params]
     fields["top_k"][where] = [p.top_k for p in params]
     for name in ("top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
@@ -157,9 +146,7 @@ def _fill_rows(fields: Fields, requests: Sequence[Request], sources: Sources) ->
             fields["wants_logprobs"][...] = 1
 
 
-def _seeds32(params: Sequence[SamplingParams]) -> np.ndarray:
-    """Folds seeds of any size into the 32 bits that a step carries."""
-    seeds = [p.seed for p in params if p.seed is not None]  # all: the engine draws those not given
-    return np.array([(seed ^ (seed >> 32)) & 0xFFFFFFFF for seed in seeds], np.uint32).view(
-        np.int32
-    )
+def _seed32(params: SamplingParams) -> int:
+    """Folds a seed of any size into the 32 bits that a step carries."""
+    assert params.seed is not None  # the engine draws one where the caller gave none
+    return (params.seed ^ (params.seed >> 32)) & 0xFFFFFFFF

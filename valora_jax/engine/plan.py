@@ -34,6 +34,11 @@ class Chunk:
     length: int
     samples: bool
 
+    @property
+    def stop(self) -> int:
+        """The position after the last one."""
+        return self.start + self.length
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:

@@ -50,6 +50,7 @@ class EngineConfig:
         policy is "unmerged" or the key-value cache would lose half of its memory; "off" saves it,
         and no step is merged then.
       compile_cache: folder for compiled steps, so that the next start is quick; None compiles anew.
+        Programs are loaded from it, so nobody else may write there.
       warm_up: compile every step's shape at the start. Without it a shape compiles when first met.
       seed: of requests that bring none.
 

@@ -18,6 +18,7 @@ from valora_jax.engine import step
 from valora_jax.engine.batch import SCORE_ROWS
 from valora_jax.engine.buckets import Bucket
 from valora_jax.engine.fill import Sources, fill, neutral, next_tokens
+from valora_jax.engine.kept_functions import KeptFunctions
 from valora_jax.engine.memory_plan import MemoryPlan
 from valora_jax.engine.plan import Chunk, Folded, Plan
 from valora_jax.engine.precision import Precision
@@ -108,7 +109,7 @@ class Runner:
         # One slot more than the cache hands out: a warm-up writes there.
         self._scratch_row = config.image_slots * spec.tokens_per_image
         self._features_FD = zeros((self._scratch_row + spec.tokens_per_image, spec.width))
-        self._functions = StepFunctions()
+        self._functions = StepFunctions(KeptFunctions.on_this_device(config.compile_cache))
         self._set_counts = jax.jit(SamplerState.with_counts, donate_argnums=0)
 
     @property

@@ -3,12 +3,13 @@
 import contextlib
 import gc
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
 import jax
 
 from valora_jax.engine import step
+from valora_jax.engine.kept_functions import KeptFunctions
 
 # What comes back in place.
 _DONATED: Mapping[Callable, tuple[str, ...]] = {
@@ -34,11 +35,13 @@ class Call(NamedTuple):
 
 class StepFunctions:
     """Attributes:
-    traces: compilations so far.
+    traces: compilations so far, those that an earlier start made included.
     """
 
-    def __init__(self):
+    def __init__(self, kept: KeptFunctions | None = None):
+        """Takes the functions that are kept between starts, if any are."""
         self.traces = 0
+        self._kept = kept
         self._compiled: dict[tuple[Callable, Hashable], Any] = {}
 
     def of(self, function: Callable, shape: Hashable) -> Any:
@@ -64,17 +67,42 @@ class StepFunctions:
           calls: those that take longest first, so that no thread is left with one at the end.
           progress: gets how much is done, and how much there is.
         """
-        compiling = {}
-        with ThreadPoolExecutor() as pool:
+        total, compiling = 2 * len(calls), {}
+        with self._keeping(), ThreadPoolExecutor() as pool:
+            missing = self._load(pool, calls)
+            loaded = total - 2 * len(missing)
             with _without_garbage_collection():
-                for done, call in enumerate(calls):
-                    progress(done, 2 * len(calls))
+                for done, call in enumerate(missing, loaded):
+                    progress(done, total)
                     lowered = self.of(call.function, call.shape).lower(**call.arguments)
-                    compiling[pool.submit(lowered.compile)] = call
-            for done, future in enumerate(as_completed(compiling), len(calls) + 1):
+                    compiling[pool.submit(self._compile, call, lowered)] = call
+            for done, future in enumerate(as_completed(compiling), loaded + len(missing) + 1):
                 call = compiling[future]
                 self._compiled[call.function, call.shape] = future.result()
-                progress(done, 2 * len(calls))
+                progress(done, total)
+
+    def _load(self, pool: Executor, calls: Sequence[Call]) -> list[Call]:
+        """Takes what is kept; returns the calls of which nothing is."""
+        if self._kept is None:
+            return list(calls)
+        missing, paths = [], [self._kept.path_of(*call) for call in calls]
+        loaded = pool.map(self._kept.load, paths, [call.arguments for call in calls])
+        for call, compiled in zip(calls, loaded, strict=True):
+            if compiled is None:
+                missing.append(call)
+            else:
+                self._compiled[call.function, call.shape] = compiled
+                self.traces += 1
+        return missing
+
+    def _compile(self, call: Call, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        compiled = lowered.compile()
+        if self._kept is not None:
+            self._kept.save(self._kept.path_of(*call), compiled)
+        return compiled
+
+    def _keeping(self) -> contextlib.AbstractContextManager[None]:
+        return self._kept.compiling() if self._kept is not None else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ class TileRow(NamedTuple):
       plus, minus: slots of the adapter that is added, and of the one that is subtracted.
       in_use: tiles in use, the same for all.
       all_tiles: with those of rows that have nothing to add or subtract.
+      place: of its list's first page in a block of ranks that it shares (`triton_lists`).
       page_r: page of each rank of the program's first block.
     """
 
@@ -36,10 +37,11 @@ class TileRow(NamedTuple):
     minus: jax.Array
     in_use: jax.Array
     all_tiles: jax.Array
+    place: jax.Array
     page_r: jax.Array
 
 
-TILE_FIELDS = 8  # numbers before the page ids of a row of a table: those of `TileRow`
+TILE_FIELDS = 9  # numbers before the page ids of a row of a table: those of `TileRow`
 
 
 def rank_tables(
@@ -53,15 +55,25 @@ def rank_tables(
       block_ranks: most ranks that a kernel multiplies at once.
       rank_programs: that share a tile's list in turn.
     """
+    most_pages, list_pages, width = list_room(
+        pools, block_ranks=block_ranks, rank_programs=rank_programs
+    )
+    tables = tuple(_rank_table(pool, tiles, most_pages=most_pages, width=width) for pool in pools)
+    return tables, list_pages * PAGE_RANKS
+
+
+def list_room(
+    pools: Sequence[LoraPool], *, block_ranks: int, rank_programs: int
+) -> tuple[int, int, int]:
+    """Returns most pages of an adapter, those that a list has room for, and a table's width; see
+    `rank_tables`."""
     # A slot has room for as many pages as the pool, a list only for the highest rank: of an adapter
     # that is added, and of one that is subtracted.
     most_pages = min(MAX_RANK // PAGE_RANKS, max(pool.page_SW.shape[1] for pool in pools))
     block_pages = block_ranks // PAGE_RANKS
     list_pages = pl.cdiv(2 * most_pages, block_pages) * block_pages
     # The kernels read the page ids of a program's next block before they know if there is one.
-    width = TILE_FIELDS + list_pages + block_pages * rank_programs
-    tables = tuple(_rank_table(pool, tiles, most_pages=most_pages, width=width) for pool in pools)
-    return tables, list_pages * PAGE_RANKS
+    return most_pages, list_pages, TILE_FIELDS + list_pages + block_pages * rank_programs
 
 
 def _rank_table(pool: LoraPool, tiles: RowTiles, *, most_pages: int, width: int) -> jax.Array:
@@ -97,6 +109,7 @@ def _rank_table(pool: LoraPool, tiles: RowTiles, *, most_pages: int, width: int)
         minus=jnp.maximum(minus_M, 0),
         in_use=jnp.full_like(first_M, tiles.count),
         all_tiles=jnp.full_like(first_M, all_tiles),
+        place=jnp.zeros_like(first_M),
     )
     for name, of_tile_M in fields.items():
         column = TileRow._fields.index(name) - TILE_FIELDS

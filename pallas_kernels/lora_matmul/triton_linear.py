@@ -5,13 +5,14 @@
 In a decode, launches cost more than what most adapters add. The first programs of the launch are
 the shrink's: they write their sums, h, to memory and count themselves as arrived. Each of the
 others has some columns for all rows, streams its columns of w, waits for the shrink, which has long
-ended then, and adds the columns of B, row tile by row tile. No program waits for a later one, and a
-GPU starts them in order, so that they cannot wait for each other in a circle. Both products
-accumulate in float32, in a fixed order, and are rounded once together.
+ended then, and adds the columns of B, in blocks of ranks that short lists share (`triton_lists`).
+No program waits for a later one, and a GPU starts them in order, so that they cannot wait for each
+other in a circle. Both products accumulate in float32, in a fixed order, and are rounded once
+together.
 
-M row tiles, P parts, Q pages of a list, X rows of numbers about rows, U splits * T rows of partial
-sums, C rank columns of all parts; other letters as in `api` and `layout`. Lower case is one block:
-t rows (all of them), d input columns, r ranks, e output columns; u is one split.
+U splits * T rows of partial sums, C rank columns of all parts; other letters as in `api`, `layout`
+and `triton_lists`. Lower case is one block: t rows (all of them), d input columns, r ranks, e
+output columns; u is one split.
 """
 
 import functools
@@ -26,16 +27,12 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.lora_matmul import triton_shrink
 from pallas_kernels.lora_matmul.column_segments import ColumnSegment, column_segments
 from pallas_kernels.lora_matmul.layout import PAGE_RANKS, LoraPool, RowTiles
-from pallas_kernels.lora_matmul.rank_tables import (
-    TILE_FIELDS,
-    TileRow,
-    pool_rows,
-    rank_tables,
-)
+from pallas_kernels.lora_matmul.rank_tables import pool_rows
 from pallas_kernels.lora_matmul.tiles import block_height
 from pallas_kernels.lora_matmul.tiles_linear import LinearTile, refusals
 from pallas_kernels.lora_matmul.triton import check_rows
 from pallas_kernels.lora_matmul.triton_dot import dot
+from pallas_kernels.lora_matmul.triton_lists import LIST_FIELDS, rank_lists
 from pallas_kernels.lora_matmul.triton_shrink import Shrink
 
 
@@ -67,15 +64,16 @@ def lora_linear(
     check_rows(x_TD, tiles, block_rows=cut.tile_rows)
     if faults := refusals(cut, rows=T, itemsize=itemsize):
         raise ValueError(f"{cut} is not legal: " + "; ".join(faults))
-    tables, list_ranks = rank_tables(
+    lists = rank_lists(
         pools,
         tiles,
-        block_ranks=max(cut.block_ranks, cut.shrink.block_ranks),
+        block_ranks=cut.block_ranks,
+        shrink_ranks=cut.shrink.block_ranks,
         rank_programs=cut.shrink.rank_programs,
     )
     shrink = Shrink.of(
         pools,
-        list_ranks=list_ranks,
+        list_ranks=lists.ranks,
         block_rows=cut.tile_rows,
         row_programs=min(cut.row_programs, tiles.first_M.shape[0]),
         cut=cut.shrink,
@@ -86,9 +84,12 @@ def lora_linear(
         layer,
         x_TD,
         w_DE,
-        tables,
+        lists.tables,
         *triton_shrink.operands(pools),
-        *_lists(tables, tiles, T=T, ranks=list_ranks),
+        lists.list_T,
+        lists.list_MF,
+        lists.page_MQ,
+        lists.blocks_N,
         tuple(pool.b_RE for pool in pools),
         arrived,
         spare,
@@ -109,26 +110,6 @@ def lora_linear(
     return y_TE, arrived, spare
 
 
-def _lists(tables: Sequence[jax.Array], tiles: RowTiles, *, T: int, ranks: int):
-    """What the kernel asks about rows and about row tiles; XLA makes it once a step.
-
-    Returns:
-      rows_XT: `[1 + P, T]` int32, each row's tile, -1 for none, and how many pages its list has in
-        each part.
-      page_XQ: `[P * M, Q]` int32, page ids of each tile's list in each part, then page 0: zeros.
-    """
-    M, Q = tiles.first_M.shape[0], ranks // PAGE_RANKS
-    pages_at = TileRow._fields.index("pages")
-    pages_PM = jnp.stack([table_MX[:M, pages_at] for table_MX in tables])
-    m_M, after_MT = jnp.arange(M), jnp.arange(T) - tiles.first_M[:, None]
-    mine_MT = (after_MT >= 0) & (after_MT < tiles.len_M[:, None]) & (m_M < tiles.count)[:, None]
-    tile_T = jnp.max(jnp.where(mine_MT, m_M[:, None], -1), axis=0)
-    pages_PT = jnp.max(jnp.where(mine_MT, pages_PM[:, :, None], 0), axis=1)
-    page_PMQ = jnp.stack([table_MX[:M, TILE_FIELDS:][:, :Q] for table_MX in tables])
-    page_PMQ = jnp.where(jnp.arange(Q) < pages_PM[:, :, None], page_PMQ, 0)
-    return jnp.concatenate([tile_T[None], pages_PT]), page_PMQ.reshape(-1, Q)
-
-
 def _body(
     layer,
     x_TD,
@@ -136,8 +117,10 @@ def _body(
     tables,
     a_refs,
     scale_refs,
-    rows_XT,
-    page_XQ,
+    list_T,
+    list_MF,
+    page_MQ,
+    blocks_N,
     b_refs,
     _,
     __,
@@ -171,7 +154,7 @@ def _body(
         )
         is_row_t, is_column_e = row_t < x_TD.shape[0], at_e < stop
         # Loaded before the product, used after it.
-        lists = _Lists.of(part, rows_XT, page_XQ, h_UC, row_t, block_ranks=cut.block_ranks)
+        lists = _Lists.of(part, list_T, list_MF, page_MQ, blocks_N, h_UC, row_t, cut=cut)
         y_te = _product(x_TD, w_DE, row_t, at_e, is_row_t, is_column_e, block_k=cut.block_k)
         _wait_until(arrived, shrink.programs)
         h_utr = lists.sums(0)
@@ -209,21 +192,22 @@ def _add_part(y_te, h_utr, lists: "_Lists", b_re, *, dtype) -> jax.Array:
       b_re: loads a block of B, given its page and place of each rank.
       dtype: of the operands.
     """
-    tiles, rank_r = jnp.max(lists.tile_t) + 1, jnp.arange(lists.block_ranks)
+    rank_r = jnp.arange(lists.block_ranks)
 
     def multiply_ranks(k, carry):
-        y_te, h_utr = carry
-        next_h_utr = lists.sums(k + 1)
+        y_te, h_utr, block_t, blocks = carry
+        following = lists.sums(k + 1), lists.block_t(k + 1), lists.blocks(k + 1)
         h_tr = functools.reduce(jnp.add, h_utr).astype(dtype)
 
-        def add_tile(m, y_te):
-            h_of_tile_tr = jnp.where((lists.tile_t == m)[:, None], h_tr, 0)
-            return y_te + dot(h_of_tile_tr, b_re(lists.pages(m, k), rank_r), contract=(1, 0))
+        def add_block(n, y_te):
+            h_of_block_tr = jnp.where((block_t == n)[:, None], h_tr, 0)
+            return y_te + dot(h_of_block_tr, b_re(lists.pages(k, n), rank_r), contract=(1, 0))
 
-        return jax.lax.fori_loop(0, tiles, add_tile, y_te), next_h_utr
+        return jax.lax.fori_loop(0, blocks, add_block, y_te), *following
 
-    blocks = pl.cdiv(jnp.max(lists.pages_t) * PAGE_RANKS, lists.block_ranks)
-    return jax.lax.fori_loop(0, blocks, multiply_ranks, (y_te, h_utr))[0]
+    steps = pl.cdiv(jnp.max(lists.pages_t) * PAGE_RANKS, lists.block_ranks)
+    carry = y_te, h_utr, lists.first_block_t, lists.first_blocks
+    return jax.lax.fori_loop(0, steps, multiply_ranks, carry)[0]
 
 
 def _place(segments: Sequence[ColumnSegment], program, block_columns: int):
@@ -243,52 +227,82 @@ class _Lists(NamedTuple):
     """The rank lists of one part, in a kernel.
 
     Attributes:
-      tile_t: each row's tile, -1 for none.
-      pages_t: how many pages its list has.
+      at_t: each row's list: where `list_MF` has it, in the part; anything for none.
+      has_t: whether there is one.
+      pages_t: how many pages it has.
+      place_t: where in its first block it begins, in pages.
+      first_block_t, first_blocks: `block_t(0)` and `blocks(0)`, loaded early.
       row_t: the rows.
-      page_XQ, h_UC: references.
-      first_m: the part's first row of `page_XQ`.
+      list_MF, page_MQ, blocks_N, h_UC: references.
+      first_n: the part's first of `blocks_N`.
       first_c: the part's first column of `h_UC`.
       rows: T.
-      block_ranks: ranks of a block.
+      block_ranks: of a block.
     """
 
-    tile_t: jax.Array
+    at_t: jax.Array
+    has_t: jax.Array
     pages_t: jax.Array
+    place_t: jax.Array
+    first_block_t: jax.Array
+    first_blocks: jax.Array
     row_t: jax.Array
-    page_XQ: Any
+    list_MF: Any
+    page_MQ: Any
+    blocks_N: Any
     h_UC: Any
-    first_m: jax.Array
+    first_n: jax.Array
     first_c: jax.Array
     rows: int
     block_ranks: int
 
     @classmethod
-    def of(cls, part, rows_XT, page_XQ, h_UC, row_t, *, block_ranks: int) -> "_Lists":
-        parts, T = rows_XT.shape[0] - 1, rows_XT.shape[1]
-        part, is_row_t = jnp.maximum(part, 0), row_t < T
+    def of(
+        cls, part, list_T, list_MF, page_MQ, blocks_N, h_UC, row_t, *, cut: LinearTile
+    ) -> "_Lists":
+        rows, part = list_T.shape[0], jnp.maximum(part, 0)
+        parts = list_MF.shape[0] // rows
+        list_t = plgpu.load(list_T.at[row_t], mask=row_t < rows, other=-1)
+        at_t, has_t = part * rows + list_t, list_t >= 0
+        first_n = part * (blocks_N.shape[0] // parts)
         return cls(
-            tile_t=plgpu.load(rows_XT.at[0, row_t], mask=is_row_t, other=-1),
-            pages_t=plgpu.load(rows_XT.at[1 + part, row_t], mask=is_row_t, other=0),
+            at_t=at_t,
+            has_t=has_t,
+            pages_t=plgpu.load(list_MF.at[at_t, 0], mask=has_t, other=0),
+            place_t=plgpu.load(list_MF.at[at_t, 1], mask=has_t, other=0),
+            first_block_t=plgpu.load(list_MF.at[at_t, LIST_FIELDS], mask=has_t, other=-1),
+            first_blocks=blocks_N[first_n],
             row_t=row_t,
-            page_XQ=page_XQ,
+            list_MF=list_MF,
+            page_MQ=page_MQ,
+            blocks_N=blocks_N,
             h_UC=h_UC,
-            first_m=part * (page_XQ.shape[0] // parts),
+            first_n=first_n,
             first_c=part * (h_UC.shape[1] // parts),
-            rows=T,
-            block_ranks=block_ranks,
+            rows=rows,
+            block_ranks=cut.block_ranks,
         )
 
-    def pages(self, m, k) -> jax.Array:
-        """Page of each rank of block k of tile m's list; page 0 after its end."""
-        page_q = jax.lax.div(jnp.arange(self.block_ranks), PAGE_RANKS)
-        at_q = k * (self.block_ranks // PAGE_RANKS) + page_q
-        return plgpu.load(self.page_XQ.at[self.first_m + m, at_q])
+    def block_t(self, k) -> jax.Array:
+        """Which block the k-th of each row's list is in, -1 for none."""
+        return plgpu.load(self.list_MF.at[self.at_t, LIST_FIELDS + k], mask=self.has_t, other=-1)
+
+    def blocks(self, k) -> jax.Array:
+        """How many blocks the lists' k-th ones are in."""
+        return self.blocks_N[self.first_n + k]
+
+    def pages(self, k, n) -> jax.Array:
+        """Page of each rank of the n-th block of these; page 0 where no list is."""
+        at_r = jax.lax.div(jnp.arange(self.block_ranks), PAGE_RANKS)
+        return plgpu.load(self.page_MQ.at[(self.first_n + k) * self.rows + n, at_r])
 
     def sums(self, k) -> tuple[jax.Array, ...]:
-        """Each split's sums of block k of each row's list, `[t, r]`; zeros after its end."""
+        """Each split's sums of the k-th block of each row's list, `[t, r]`; zeros beside it."""
         rank_r = k * self.block_ranks + jnp.arange(self.block_ranks)
-        at_r, mask_tr = self.first_c + rank_r, rank_r < (self.pages_t * PAGE_RANKS)[:, None]
+        begin_t = self.place_t * PAGE_RANKS
+        end_t = begin_t + self.pages_t * PAGE_RANKS
+        at_r = self.first_c + rank_r
+        mask_tr = (rank_r >= begin_t[:, None]) & (rank_r < end_t[:, None])
         return tuple(  # unrolled, so that all loads are in flight
             plgpu.load(
                 self.h_UC.at[(u * self.rows + self.row_t)[:, None], at_r[None, :]],

@@ -162,9 +162,11 @@ class Shrink:
             )
             of_plus_r = rank_r < of.plus_pages * PAGE_RANKS
             h_tr *= jnp.where(of_plus_r, plus_scale, -minus_scale)[None, :]
-            at_t, at_r = split * T + row_t, i * self.list_ranks + rank_r
+            at_t = split * T + row_t
+            at_r = i * self.list_ranks + of.place * PAGE_RANKS + rank_r
             h_at = h_UC.at[at_t[:, None], at_r[None, :]]
-            plgpu.store(h_at, h_tr.astype(h_UC.dtype), mask=in_tile_t[:, None])
+            mask_tr = in_tile_t[:, None] & in_list_r[None, :]
+            plgpu.store(h_at, h_tr.astype(h_UC.dtype), mask=mask_tr)
             return next_page_r
 
         blocks = pl.cdiv(of.pages * PAGE_RANKS, cut.block_ranks)

@@ -19,6 +19,10 @@ from valora_jax.lora.pool import DevicePool, pool_bytes
 from valora_jax.lora.residency import REPLACED_HEADS, Placement
 from valora_jax.lora.staging import MAX_STAGED
 
+# Of an adapter that are on their way at a time. What comes from the host waits for the steps that
+# are enqueued, and a step's input for what was sent before it: 3 ms through a PCIe 5 slot.
+_COMING_BYTES = 64 << 20
+
 
 class StagedAdapter(NamedTuple):
     """One adapter's arrays on the device, before they are written to its place."""
@@ -95,13 +99,17 @@ class DeviceAdapters:
                 task_head=self.task_heads.blocks(adapter),
             )
         )
-        # Two on their way at a time, as a step's input comes behind them. Each array is freed by
-        # itself: all of them together would keep Python's lock from other threads for 10 ms.
+        # Each array is freed by itself: all of them together would keep Python's lock from other
+        # threads for 10 ms.
         left, copies = collections.deque(arrays), []
         del arrays
+        coming_bytes = arrived = 0
         while left:
-            jax.block_until_ready(copies[-2:-1])
             copies.append(jax.device_put(left.popleft()))
+            coming_bytes += copies[-1].nbytes
+            while coming_bytes > _COMING_BYTES:
+                coming_bytes -= jax.block_until_ready(copies[arrived]).nbytes
+                arrived += 1
         return jax.block_until_ready(jax.tree.unflatten(structure, copies))
 
     def write(self, staged: StagedAdapter, placement: Placement) -> None:

@@ -42,7 +42,7 @@ class RankLists(NamedTuple):
         blocks for the lists' first ones, then M for their second ones, and so on; only those in use
         are looked at.
       blocks_N: `[P * K + 1]`, how many are in use; the last is anything.
-      ranks: that a list has room for.
+      ranks: that a row's sums of a part have room for.
     """
 
     tables: tuple[jax.Array, ...]
@@ -109,7 +109,8 @@ def rank_lists(
         tuple(pool.page_SW for pool in pools),
         tuple(pool.pages_S for pool in pools),
     )
-    return RankLists(tables, *lists, ranks=list_pages * PAGE_RANKS)
+    # A list that begins late in its block leaves a whole block of the shrink behind it.
+    return RankLists(tables, *lists, ranks=list_pages * PAGE_RANKS + shrink_ranks)
 
 
 class _Layout(NamedTuple):

@@ -165,8 +165,7 @@ class Shrink:
             at_t = split * T + row_t
             at_r = i * self.list_ranks + of.place * PAGE_RANKS + rank_r
             h_at = h_UC.at[at_t[:, None], at_r[None, :]]
-            mask_tr = in_tile_t[:, None] & in_list_r[None, :]
-            plgpu.store(h_at, h_tr.astype(h_UC.dtype), mask=mask_tr)
+            plgpu.store(h_at, h_tr.astype(h_UC.dtype), mask=in_tile_t[:, None])
             return next_page_r
 
         blocks = pl.cdiv(of.pages * PAGE_RANKS, cut.block_ranks)

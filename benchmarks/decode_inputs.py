@@ -23,7 +23,8 @@ from valora_jax.lora.heads import ReplacedHeads
 from valora_jax.models.build import abstract_model
 from valora_jax.models.spec import ModelSpec
 
-PAGE_TOKENS, MAX_REQUESTS = 64, 32
+PAGE_TOKENS, MAX_REQUESTS = 64, 64
+BESIDE_PROMPTS = 32  # decodes that a step with prompts has room for
 ADAPTERS, RANK = 32, 64
 DTYPE = jnp.bfloat16
 
@@ -50,9 +51,8 @@ class Batch:
         B = self.requests
         if self.tokens == 1:
             return Bucket(tokens=B, decodes=B, chunks=0, rows=B)
-        return Bucket(
-            tokens=B * self.tokens, decodes=MAX_REQUESTS, chunks=max(B, 8), rows=MAX_REQUESTS
-        )
+        rows = BESIDE_PROMPTS
+        return Bucket(tokens=B * self.tokens, decodes=rows, chunks=max(B, 8), rows=rows)
 
 
 class Weights:

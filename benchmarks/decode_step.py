@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import decode_inputs, floors
-from benchmarks.decode_inputs import DTYPE, RANK, Batch, Weights
+from benchmarks.decode_inputs import ADAPTERS, DTYPE, RANK, Batch, Weights
 from benchmarks.floors import Work
 from benchmarks.gpu import Options, Program, Recorder, require_gpu, run_group
 from pallas_kernels.tuning.shapes import MODELS, ModelShape
@@ -160,7 +160,7 @@ def _unless_finite(returned: tuple[Any, step.StepOutputs]) -> float:
 
 def groups(bench: Bench, options: Options) -> Iterator[Iterator[Program]]:
     """The goals' rows first; each group is a batch of one shape."""
-    for requests in (8, 32) if options.quick else (8, 32, 1):
+    for requests in (8, 32) if options.quick else (8, 32, 1, 64):
         yield _decodes(bench, requests, quick=options.quick)
     yield _prompts(bench, "first-token", requests=1, tokens=PROMPT, adapters=1, **ALONE)
     yield _prompts(bench, "prefill", requests=16, tokens=256, adapters=16, **STEPS)
@@ -168,10 +168,10 @@ def groups(bench: Bench, options: Options) -> Iterator[Iterator[Program]]:
 
 def _decodes(bench: Bench, requests: int, *, quick: bool) -> Iterator[Program]:
     batch = Batch(requests=requests, tokens=1, kv_tokens=CONTEXT, adapters=0)
-    for impl in ("triton",) if quick or requests == 1 else ("triton", "xla"):
+    for impl in ("triton", "xla") if requests in (8, 32) and not quick else ("triton",):
         name = f"decode/b{requests}"
         yield bench.program(name, batch, impl=impl, lora=False, **STEPS)
-        for adapters in sorted({0, 1, requests}):
+        for adapters in sorted({0, 1, requests} & {*range(ADAPTERS + 1)}):
             own = _with_adapters(batch, adapters)
             yield bench.program(name, own, impl=impl, lora=True, **STEPS)
 

@@ -32,7 +32,7 @@ from pallas_kernels.lora_matmul.tiles import block_height
 from pallas_kernels.lora_matmul.tiles_linear import LinearTile, refusals
 from pallas_kernels.lora_matmul.triton import check_rows
 from pallas_kernels.lora_matmul.triton_dot import dot
-from pallas_kernels.lora_matmul.triton_lists import LIST_FIELDS, rank_lists
+from pallas_kernels.lora_matmul.triton_lists import LIST_FIELDS, ListArrays, rank_lists
 from pallas_kernels.lora_matmul.triton_shrink import Shrink
 
 
@@ -86,10 +86,7 @@ def lora_linear(
         w_DE,
         lists.tables,
         *triton_shrink.operands(pools),
-        lists.list_T,
-        lists.list_MF,
-        lists.page_MQ,
-        lists.blocks_N,
+        lists.arrays,
         tuple(pool.b_RE for pool in pools),
         arrived,
         spare,
@@ -117,10 +114,7 @@ def _body(
     tables,
     a_refs,
     scale_refs,
-    list_T,
-    list_MF,
-    page_MQ,
-    blocks_N,
+    list_refs,
     b_refs,
     _,
     __,
@@ -154,10 +148,11 @@ def _body(
         )
         is_row_t, is_column_e = row_t < x_TD.shape[0], at_e < stop
         # Loaded before the product, used after it.
-        lists = _Lists.of(part, list_T, list_MF, page_MQ, blocks_N, h_UC, row_t, cut=cut)
+        lists = _Lists.of(part, list_refs, h_UC, row_t, cut=cut)
+        of_first = lists.block_t(0), lists.blocks(0)
         y_te = _product(x_TD, w_DE, row_t, at_e, is_row_t, is_column_e, block_k=cut.block_k)
         _wait_until(arrived, shrink.programs)
-        h_utr = lists.sums(0)
+        first_k = lists.sums(0), *of_first
         for i, b_RE in enumerate(b_refs):
             first = next(s.start for s in segments if s.part == i)
 
@@ -167,7 +162,7 @@ def _body(
                 return plgpu.load(b_at, mask=is_column_e[None, :], other=0).astype(x_TD.dtype)
 
             mine = lists._replace(pages_t=jnp.where(part == i, lists.pages_t, 0))
-            y_te = _add_part(y_te, h_utr, mine, b_re, dtype=x_TD.dtype)
+            y_te = _add_part(y_te, first_k, mine, b_re, dtype=x_TD.dtype)
         y_at = y_TE.at[row_t[:, None], at_e[None, :]]
         plgpu.store(y_at, y_te.astype(y_TE.dtype), mask=is_row_t[:, None] & is_column_e[None, :])
 
@@ -182,12 +177,12 @@ def _wait_until(arrived, programs: int) -> None:
     jax.lax.while_loop(lambda so_far: so_far < programs, count, count(None))
 
 
-def _add_part(y_te, h_utr, lists: "_Lists", b_re, *, dtype) -> jax.Array:
+def _add_part(y_te, first_k, lists: "_Lists", b_re, *, dtype) -> jax.Array:
     """Adds `h @ B` of one part.
 
     Args:
       y_te: what it is added to.
-      h_utr: the sums of the lists' first block.
+      first_k: `sums`, `block_t` and `blocks` of the lists' first ones.
       lists: the part's.
       b_re: loads a block of B, given its page and place of each rank.
       dtype: of the operands.
@@ -206,8 +201,7 @@ def _add_part(y_te, h_utr, lists: "_Lists", b_re, *, dtype) -> jax.Array:
         return jax.lax.fori_loop(0, blocks, add_block, y_te), *following
 
     steps = pl.cdiv(jnp.max(lists.pages_t) * PAGE_RANKS, lists.block_ranks)
-    carry = y_te, h_utr, lists.first_block_t, lists.first_blocks
-    return jax.lax.fori_loop(0, steps, multiply_ranks, carry)[0]
+    return jax.lax.fori_loop(0, steps, multiply_ranks, (y_te, *first_k))[0]
 
 
 def _place(segments: Sequence[ColumnSegment], program, block_columns: int):
@@ -227,14 +221,13 @@ class _Lists(NamedTuple):
     """The rank lists of one part, in a kernel.
 
     Attributes:
-      at_t: each row's list: where `list_MF` has it, in the part; anything for none.
+      at_t: each row's list: where the arrays have it, in the part; anything for none.
       has_t: whether there is one.
       pages_t: how many pages it has.
       place_t: where in its first block it begins, in pages.
-      first_block_t, first_blocks: `block_t(0)` and `blocks(0)`, loaded early.
       row_t: the rows.
-      list_MF, page_MQ, blocks_N, h_UC: references.
-      first_n: the part's first of `blocks_N`.
+      refs, h_UC: references.
+      first_n: the part's first of `refs.blocks_N`.
       first_c: the part's first column of `h_UC`.
       rows: T.
       block_ranks: of a block.
@@ -244,12 +237,8 @@ class _Lists(NamedTuple):
     has_t: jax.Array
     pages_t: jax.Array
     place_t: jax.Array
-    first_block_t: jax.Array
-    first_blocks: jax.Array
     row_t: jax.Array
-    list_MF: Any
-    page_MQ: Any
-    blocks_N: Any
+    refs: ListArrays
     h_UC: Any
     first_n: jax.Array
     first_c: jax.Array
@@ -257,27 +246,20 @@ class _Lists(NamedTuple):
     block_ranks: int
 
     @classmethod
-    def of(
-        cls, part, list_T, list_MF, page_MQ, blocks_N, h_UC, row_t, *, cut: LinearTile
-    ) -> "_Lists":
-        rows, part = list_T.shape[0], jnp.maximum(part, 0)
-        parts = list_MF.shape[0] // rows
-        list_t = plgpu.load(list_T.at[row_t], mask=row_t < rows, other=-1)
+    def of(cls, part, refs: ListArrays, h_UC, row_t, *, cut: LinearTile) -> "_Lists":
+        rows, part = refs.list_T.shape[0], jnp.maximum(part, 0)
+        parts = refs.list_MF.shape[0] // rows
+        list_t = plgpu.load(refs.list_T.at[row_t], mask=row_t < rows, other=-1)
         at_t, has_t = part * rows + list_t, list_t >= 0
-        first_n = part * (blocks_N.shape[0] // parts)
         return cls(
             at_t=at_t,
             has_t=has_t,
-            pages_t=plgpu.load(list_MF.at[at_t, 0], mask=has_t, other=0),
-            place_t=plgpu.load(list_MF.at[at_t, 1], mask=has_t, other=0),
-            first_block_t=plgpu.load(list_MF.at[at_t, LIST_FIELDS], mask=has_t, other=-1),
-            first_blocks=blocks_N[first_n],
+            pages_t=plgpu.load(refs.list_MF.at[at_t, 0], mask=has_t, other=0),
+            place_t=plgpu.load(refs.list_MF.at[at_t, 1], mask=has_t, other=0),
             row_t=row_t,
-            list_MF=list_MF,
-            page_MQ=page_MQ,
-            blocks_N=blocks_N,
+            refs=refs,
             h_UC=h_UC,
-            first_n=first_n,
+            first_n=part * (refs.blocks_N.shape[0] // parts),
             first_c=part * (h_UC.shape[1] // parts),
             rows=rows,
             block_ranks=cut.block_ranks,
@@ -285,16 +267,17 @@ class _Lists(NamedTuple):
 
     def block_t(self, k) -> jax.Array:
         """Which block the k-th of each row's list is in, -1 for none."""
-        return plgpu.load(self.list_MF.at[self.at_t, LIST_FIELDS + k], mask=self.has_t, other=-1)
+        at_t = self.refs.list_MF.at[self.at_t, LIST_FIELDS + k]
+        return plgpu.load(at_t, mask=self.has_t, other=-1)
 
     def blocks(self, k) -> jax.Array:
         """How many blocks the lists' k-th ones are in."""
-        return self.blocks_N[self.first_n + k]
+        return self.refs.blocks_N[self.first_n + k]
 
     def pages(self, k, n) -> jax.Array:
         """Page of each rank of the n-th block of these; page 0 where no list is."""
         at_r = jax.lax.div(jnp.arange(self.block_ranks), PAGE_RANKS)
-        return plgpu.load(self.page_MQ.at[(self.first_n + k) * self.rows + n, at_r])
+        return plgpu.load(self.refs.page_MQ.at[(self.first_n + k) * self.rows + n, at_r])
 
     def sums(self, k) -> tuple[jax.Array, ...]:
         """Each split's sums of the k-th block of each row's list, `[t, r]`; zeros beside it."""

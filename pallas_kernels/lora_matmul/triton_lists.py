@@ -29,11 +29,10 @@ LIST_FIELDS = 2  # numbers about a list before those of its blocks
 WARPS = 8
 
 
-class RankLists(NamedTuple):
-    """The lists of a step, all in int32.
+class ListArrays(NamedTuple):
+    """The lists of a step, all in int32; arrays, or references to them in a kernel.
 
     Attributes:
-      tables: of each part, `[M + 1, X]` as in `rank_tables`; the last row is anything.
       list_T: each row's list, by the row tile that it begins with; -1 for none.
       list_MF: `[P * M, LIST_FIELDS + K + 1]`, of the list that a row tile begins in a part: its
         pages, where in its first block it begins, in pages, and which of the blocks for the lists'
@@ -42,14 +41,25 @@ class RankLists(NamedTuple):
         blocks for the lists' first ones, then M for their second ones, and so on; only those in use
         are looked at.
       blocks_N: `[P * K + 1]`, how many are in use; the last is anything.
+    """
+
+    list_T: Any
+    list_MF: Any
+    page_MQ: Any
+    blocks_N: Any
+
+
+class RankLists(NamedTuple):
+    """What the kernel takes.
+
+    Attributes:
+      tables: of each part, `[M + 1, X]` int32 as in `rank_tables`; the last row is anything.
+      arrays: the lists.
       ranks: that a row's sums of a part have room for.
     """
 
     tables: tuple[jax.Array, ...]
-    list_T: jax.Array
-    list_MF: jax.Array
-    page_MQ: jax.Array
-    blocks_N: jax.Array
+    arrays: ListArrays
     ranks: int
 
 
@@ -77,7 +87,7 @@ def rank_lists(
     K = list_pages // block_pages
 
     def body(*refs):
-        tile_refs, page_refs, pages_refs, (table_refs, *others) = refs[:6], *refs[6:8], refs[8:]
+        tile_refs, page_refs, pages_refs, table_refs, lists = refs[:6], *refs[6:]
         for part in range(P):
             layout = _Layout(
                 part=part,
@@ -88,18 +98,20 @@ def rank_lists(
                 page_SW=page_refs[part],
                 pages_S=pages_refs[part],
             )
-            write = functools.partial(layout.write, table_refs[part], *others)
+            write = functools.partial(layout.write, table_refs[part], lists)
             pl.when(pl.program_id(0) == part)(write)
 
     int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    tables, *lists = pl.pallas_call(
+    tables, arrays = pl.pallas_call(
         body,
         out_shape=(
             (int32((M + 1, width)),) * P,
-            int32((M,)),  # there are as many row tiles as rows
-            int32((P * M, LIST_FIELDS + K + 1)),
-            int32((P * K * M, block_pages)),
-            int32((P * K + 1,)),
+            ListArrays(
+                list_T=int32((M,)),  # there are as many row tiles as rows
+                list_MF=int32((P * M, LIST_FIELDS + K + 1)),
+                page_MQ=int32((P * K * M, block_pages)),
+                blocks_N=int32((P * K + 1,)),
+            ),
         ),
         grid=(P,),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
@@ -110,7 +122,7 @@ def rank_lists(
         tuple(pool.pages_S for pool in pools),
     )
     # A list that begins late in its block leaves a whole block of the shrink behind it.
-    return RankLists(tables, *lists, ranks=list_pages * PAGE_RANKS + shrink_ranks)
+    return RankLists(tables, arrays, ranks=list_pages * PAGE_RANKS + shrink_ranks)
 
 
 class _Layout(NamedTuple):
@@ -133,9 +145,14 @@ class _Layout(NamedTuple):
     page_SW: Any
     pages_S: Any
 
-    def write(self, table_MX, list_T, list_MF, page_MQ, blocks_N) -> None:
+    @property
+    def most_blocks(self) -> int:
+        """K."""
+        return self.list_pages // self.block_pages
+
+    def write(self, table_MX, lists: ListArrays) -> None:
         first_M, len_M, plus_M, minus_M, count, idle = self.tile_refs
-        self._clear(page_MQ, M=first_M.shape[0])
+        self._clear(lists.page_MQ, M=first_M.shape[0])
         m_m = jnp.arange(power_of_two(first_M.shape[0]))
         is_tile_m, in_use_m = m_m < first_M.shape[0], m_m < count[...]
         plus_m = plgpu.load(plus_M.at[m_m], mask=is_tile_m, other=-1)
@@ -165,10 +182,10 @@ class _Layout(NamedTuple):
         )
         self._write_table(table_MX, of, m_m)
         if self.part == 0:
-            self._write_rows(list_T, of, list_m, in_use_m)
-        self._write_lists(list_MF, blocks_N, own_m, first_m, m_m)
+            self._write_rows(lists.list_T, of, list_m, in_use_m)
+        self._write_lists(lists, own_m, first_m, m_m)
         plgpu.debug_barrier()  # after which all is clear
-        self._write_pages(page_MQ, of, own_m, first_m, m_m)
+        self._write_pages(lists.page_MQ, of, own_m, first_m, m_m)
 
     def _pages_of(self, slot_m, in_use_m) -> jax.Array:
         is_slot_m = in_use_m & (slot_m >= 0)
@@ -192,6 +209,10 @@ class _Layout(NamedTuple):
             room_m = jnp.where(pages_m > half, 2 * half, room_m)
             half *= 2
         return room_m
+
+    def _has(self, own_m, k_x) -> jax.Array:
+        """`[m, x]` 1 where a list has a k-th block, else 0."""
+        return (own_m[:, None] > (k_x * self.block_pages)[None, :]).astype(jnp.int32)
 
     def _page_ids(self, of: TileRow, q_x) -> jax.Array:
         """`[m, x]` page q of each row tile's list; 0 beside it."""
@@ -217,10 +238,10 @@ class _Layout(NamedTuple):
         list_t = jnp.max(jnp.where(mine_mt, list_m[:, None], -1), axis=0)
         plgpu.store(list_T.at[t_t], list_t, mask=t_t < list_T.shape[0])
 
-    def _write_lists(self, list_MF, blocks_N, own_m, first_m, m_m) -> None:
-        M, K = self.tile_refs[0].shape[0], self.list_pages // self.block_pages
+    def _write_lists(self, lists: ListArrays, own_m, first_m, m_m) -> None:
+        M, K, list_MF = self.tile_refs[0].shape[0], self.most_blocks, lists.list_MF
         k_k = jnp.arange(power_of_two(K))
-        has_mk = (own_m[:, None] > (k_k * self.block_pages)[None, :]).astype(jnp.int32)
+        has_mk = self._has(own_m, k_k)
         shared_m = jax.lax.div(first_m, self.block_pages)
         block_mk = jnp.where((k_k == 0)[None, :], shared_m[:, None], _before(has_mk))
         block_mk = jnp.where(has_mk > 0, block_mk, -1)
@@ -233,31 +254,30 @@ class _Layout(NamedTuple):
 
         shared = pl.cdiv(jnp.sum(self._room(own_m)), self.block_pages)
         blocks_k = jnp.where(k_k == 0, shared, jnp.sum(has_mk, axis=0))
-        plgpu.store(blocks_N.at[self.part * K + k_k], blocks_k, mask=k_k < K)
+        plgpu.store(lists.blocks_N.at[self.part * K + k_k], blocks_k, mask=k_k < K)
 
     def _clear(self, page_MQ, *, M: int) -> None:
         """Makes all of the part's places free."""
         m_m, q_q = jnp.arange(power_of_two(M)), jnp.arange(self.block_pages)
         zeros_mq = jnp.zeros((m_m.shape[0], q_q.shape[0]), jnp.int32)
-        K = self.list_pages // self.block_pages
 
         def clear(k, _):
-            row_m = (self.part * K + k) * M + m_m
+            row_m = (self.part * self.most_blocks + k) * M + m_m
             at_mq = page_MQ.at[row_m[:, None], q_q[None, :]]
             plgpu.store(at_mq, zeros_mq, mask=(m_m < M)[:, None])
 
-        jax.lax.fori_loop(0, K, clear, None)
+        jax.lax.fori_loop(0, self.most_blocks, clear, None)
 
     def _write_pages(self, page_MQ, of: TileRow, own_m, first_m, m_m) -> None:
-        M, K = self.tile_refs[0].shape[0], self.list_pages // self.block_pages
+        M, K = self.tile_refs[0].shape[0], self.most_blocks
         q_q = jnp.arange(power_of_two(self.list_pages))
         k_q = jax.lax.div(q_q, self.block_pages)
-        has_mq = (own_m[:, None] > (k_q * self.block_pages)[None, :]).astype(jnp.int32)
         # Lists that go on have whole blocks to themselves.
         place_mq = jnp.where(
             (k_q == 0)[None, :],
             first_m[:, None] + q_q[None, :],
-            _before(has_mq) * self.block_pages + jax.lax.rem(q_q, self.block_pages)[None, :],
+            _before(self._has(own_m, k_q)) * self.block_pages
+            + jax.lax.rem(q_q, self.block_pages)[None, :],
         )
         mine_mq = q_q[None, :] < own_m[:, None]
         row_mq = (self.part * K + k_q)[None, :] * M + jax.lax.div(place_mq, self.block_pages)

@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels import lora_matmul as op
 from pallas_kernels.lora_matmul.layout import PAGE_RANKS
+from pallas_kernels.lora_matmul.rank_tables import TILE_FIELDS, TileRow, rank_tables
 from pallas_kernels.lora_matmul.triton_lists import LIST_FIELDS, rank_lists
 from tests.pallas_kernels.hopper import interpret_kernels
 
@@ -36,7 +37,10 @@ def lay_out(monkeypatch):
         tiles = op.RowTiles.of(adapter_T, merged=merged, block_rows=16)
         sizes = dict(block_ranks=BLOCK_PAGES * PAGE_RANKS, shrink_ranks=16, rank_programs=2)
         lists = rank_lists(pools, tiles, **sizes)
-        return lists._replace(ranks=jnp.asarray(lists.ranks))
+        of_xla, _ = rank_tables(
+            pools, tiles, block_ranks=sizes["block_ranks"], rank_programs=sizes["rank_programs"]
+        )
+        return lists.arrays, lists.tables, of_xla
 
     return lay_out
 
@@ -63,6 +67,14 @@ def pages_in_blocks(lists, part, row, parts) -> list[int]:
     return found
 
 
+def what_is_read(table_MX) -> np.ndarray:
+    """Of a table: its numbers but for `place`, and page ids up to the end of each list."""
+    numbers_MF, page_MQ = np.split(np.array(table_MX)[:ROWS], [TILE_FIELDS], axis=1)
+    pages_M = numbers_MF[:, TileRow._fields.index("pages")]
+    page_MQ[np.arange(page_MQ.shape[1]) >= pages_M[:, None]] = 0
+    return np.hstack([np.delete(numbers_MF, TileRow._fields.index("place"), axis=1), page_MQ])
+
+
 def test_each_row_meets_its_pages_once_and_short_lists_share_blocks(lay_out):
     rng = np.random.default_rng(0)
     for _ in range(40):
@@ -73,7 +85,9 @@ def test_each_row_meets_its_pages_once_and_short_lists_share_blocks(lay_out):
         merged = int(rng.choice([-1, slots[0]]))
         pages_PS = rng.integers(0, WIDEST + 1, (2, SLOTS))
         page_PSW = rng.permutation(200)[: 2 * SLOTS * WIDEST].reshape(2, SLOTS, WIDEST) + 1
-        lists = lay_out(*map(jnp.int32, (adapter_T, merged, page_PSW, pages_PS)))
+        lists, tables, of_xla = lay_out(*map(jnp.int32, (adapter_T, merged, page_PSW, pages_PS)))
+        for table_MX, of_xla_MX in zip(tables, of_xla, strict=True):
+            np.testing.assert_array_equal(*map(what_is_read, (table_MX, of_xla_MX)))
         of_row = functools.partial(
             pages_of_row, merged=merged, page_PSW=page_PSW, pages_PS=pages_PS
         )
@@ -100,6 +114,6 @@ def test_each_row_meets_its_pages_once_and_short_lists_share_blocks(lay_out):
 def test_places_that_nobody_takes_have_page_0(lay_out):
     pages_PS = np.full((2, SLOTS), 3)
     page_PSW = 1 + np.arange(2 * SLOTS * WIDEST).reshape(2, SLOTS, WIDEST)
-    lists = lay_out(*map(jnp.int32, ([0] * ROWS, -1, page_PSW, pages_PS)))
+    lists, *_ = lay_out(*map(jnp.int32, ([0] * ROWS, -1, page_PSW, pages_PS)))
     assert np.asarray(lists.list_MF)[0, : LIST_FIELDS + 1].tolist() == [3, 0, 0]
     assert np.asarray(lists.page_MQ)[0].tolist() == [*page_PSW[0, 0, :3], 0]

@@ -196,8 +196,7 @@ def shared_memory_bytes(tile: LoraTile, *, itemsize: int) -> dict[str, int]:
 
     As Triton did it in jax 0.11.2. Loads of tiles of 64 rows and more stay where they land until
     the matmul instruction has read them, so that each stage has a buffer; below that, the stage
-    that computes has its operands in registers. Where the expand goes through the ranks in steps,
-    the addresses of B are loaded before B, so that a buffer takes two stages.
+    that computes has its operands in registers.
     """
     shrink, expand, rows = tile.shrink, tile.expand, tile.block_rows
 
@@ -207,19 +206,15 @@ def shared_memory_bytes(tile: LoraTile, *, itemsize: int) -> dict[str, int]:
     x_and_a = (rows + shrink.block_ranks) * shrink.block_k * itemsize
     b = expand.block_ranks * expand.block_columns * itemsize
     h = rows * expand.block_ranks * itemsize
-    sums = h if shrink.splits == 1 else rows * expand.block_ranks * 4 * shrink.splits
-    pages = 4 * expand.block_ranks + 4
-    stages = max(min(expand.stages, 2), 1 + (expand.stages - 1) // 2)
-    held = h + buffers(expand.stages) * b
-    in_steps = buffers(stages) * (b + sums + pages)
+    out = rows * expand.block_columns * itemsize
     return {
         "shrink": max(x_and_a * buffers(shrink.stages), rows * shrink.block_ranks * 4),
-        "expand": max(held, in_steps) + rows * expand.block_columns * itemsize,
+        "expand": h + buffers(expand.stages) * b + out,
     }
 
 
 def fitted(tile: LoraTile, *, itemsize: int) -> LoraTile:
-    """Returns a tile with fewer steps in flight, splits and columns at once, until it fits."""
+    """Returns a tile with fewer steps in flight and columns at once, until it fits."""
 
     def too_large(name: str) -> bool:
         return shared_memory_bytes(tile, itemsize=itemsize)[name] > SHARED_MEMORY_BYTES
@@ -228,8 +223,6 @@ def fitted(tile: LoraTile, *, itemsize: int) -> LoraTile:
         tile = _with_shrink(tile, stages=tile.shrink.stages - 1)
     while too_large("expand") and tile.expand.stages > 1:
         tile = _with_expand(tile, stages=tile.expand.stages - 1)
-    while too_large("expand") and tile.shrink.splits > 1:
-        tile = _with_shrink(tile, splits=tile.shrink.splits - 1)
     while too_large("expand") and tile.expand.block_columns > 16:
         tile = _with_expand(tile, block_columns=tile.expand.block_columns // 2)
     return tile

@@ -132,10 +132,11 @@ class Expand:
         if self.block_rows < 64:
             pl.when(with_ranks & (of.rows == 1))(block.write_row)
             with_ranks &= of.rows != 1
-        # Most adapters have ranks for one block.
-        held = of.pages * PAGE_RANKS <= self.cut.block_ranks
-        pl.when(with_ranks & held)(block.write_held)
-        pl.when(with_ranks & ~held)(block.write_in_steps)
+        # Most adapters have ranks for one block, and mixtures for two.
+        blocks = pl.cdiv(of.pages * PAGE_RANKS, self.cut.block_ranks)
+        pl.when(with_ranks & (blocks == 1))(block.write_held)
+        pl.when(with_ranks & (blocks == 2))(block.write_two_held)
+        pl.when(with_ranks & (blocks > 2))(block.write_in_steps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,23 +178,45 @@ class _Tile:
 
         jax.lax.fori_loop(0, self.expand.cut.blocks, write, None)
 
-    def write_in_steps(self) -> None:
-        """Block by block of the ranks, the loads of several in flight."""
+    def write_two_held(self) -> None:
+        """Two blocks of the ranks, whose sums and addresses are read once for all columns."""
         rows, is_row = self._rows()
-        cut = self.expand.cut
-        steps = pl.cdiv(self.of.pages * PAGE_RANKS, cut.block_ranks)
+        both = [(self._h(rows, is_row, k), *self._ranks(k)) for k in range(2)]
 
         def step(i, sums):
-            n, k = jax.lax.div(i, steps), jax.lax.rem(i, steps)
-            b_at, is_rank_r = self._ranks(k)
-            sums = jnp.where(k == 0, 0, sums)
-            h_tr, b_re = self._h(rows, is_row, k), self._b(b_at, is_rank_r, n)
-            sums += dot(h_tr, b_re, contract=(1, 0))
-            self._store(rows, is_row & (k == steps - 1), n, sums)
-            return sums
+            n, k = jax.lax.div(i, 2), jax.lax.rem(i, 2)
+            of_k = [jnp.where(k == 0, *of_both) for of_both in zip(*both, strict=True)]
+            return self._add_block(n, k, sums, *of_k, is_last=k == 1)
 
-        zeros_te = jnp.zeros((self.expand.block_rows, cut.block_columns), jnp.float32)
-        jax.lax.fori_loop(0, cut.blocks * steps, step, zeros_te)
+        jax.lax.fori_loop(0, 2 * self.expand.cut.blocks, step, self._zeros())
+
+    def write_in_steps(self) -> None:
+        """Block by block of the ranks.
+
+        A loop that Triton does not take apart: sums of several splits, in flight for several steps,
+        would take the memory of the programs beside this one, which have other ways to go.
+        """
+        rows, is_row = self._rows()
+        steps = pl.cdiv(self.of.pages * PAGE_RANKS, self.expand.cut.block_ranks)
+
+        def step(state):
+            i, sums = state
+            n, k = jax.lax.div(i, steps), jax.lax.rem(i, steps)
+            of_k = (self._h(rows, is_row, k), *self._ranks(k))
+            return i + 1, self._add_block(n, k, sums, *of_k, is_last=k == steps - 1)
+
+        end = self.expand.cut.blocks * steps
+        jax.lax.while_loop(lambda state: state[0] < end, step, (jnp.int32(0), self._zeros()))
+
+    def _add_block(self, n, k, sums, h_tr, b_at, is_rank_r, *, is_last) -> jax.Array:
+        """Adds block k of the ranks to the sums of columns n, which begin with it at 0."""
+        rows, is_row = self._rows()
+        sums = jnp.where(k == 0, 0, sums) + dot(h_tr, self._b(b_at, is_rank_r, n), contract=(1, 0))
+        self._store(rows, is_row & is_last, n, sums)
+        return sums
+
+    def _zeros(self) -> jax.Array:
+        return jnp.zeros((self.expand.block_rows, self.expand.cut.block_columns), jnp.float32)
 
     def write_row(self) -> None:
         """A tile of one row, without the matmul unit."""

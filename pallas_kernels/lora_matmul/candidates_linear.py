@@ -16,6 +16,7 @@ def ladders(task: Task) -> Ladders:
         "block_k": (32, 64, 128, 256),
         "block_ranks": (16, 32, 64, 128),
         "row_programs": [2**i for i in range(power_of_two(task.tokens).bit_length())],
+        "splits": (1, 2, 4),
         "shrink.block_k": (64, 128, 256, 512),
         "shrink.block_ranks": (16, 32, 64, 128),
         "shrink.rank_programs": (1, 2, 4, 8),
@@ -33,6 +34,7 @@ def legal(tile: LinearTile, task: Task) -> bool:
         and not refusals(tile, rows=task.tokens, itemsize=ITEM_BYTES)
         and registers(tile, rows=task.tokens) <= REGISTERS
         and max(tile.block_k, shrink.block_k) <= power_of_two(task.linear.width)
+        and tile.splits < 2 * math.ceil(task.linear.width / tile.block_k)
         and shrink.splits < 2 * math.ceil(task.linear.width / shrink.block_k)
         and (shrink.rank_programs == 1 or shrink.rank_programs * shrink.block_ranks <= USUAL_RANKS)
         and tile.block_columns <= power_of_two(max(task.linear.columns))

@@ -25,6 +25,8 @@ class LinearTile:
       block_ranks: ranks multiplied at once.
       tile_rows: of a block of the shrink, which has a row tile; no fewer than a tile has.
       row_programs: of the shrink along the rows, at most; each does every so many-th row tile.
+      splits: ranges of the input columns, which have programs of their own; those of the first add
+        what the others have.
       shrink: its cut. One launch has one number of warps and of stages.
     """
 
@@ -33,6 +35,7 @@ class LinearTile:
     block_ranks: int
     tile_rows: int
     row_programs: int
+    splits: int
     shrink: ShrinkTile
 
     @property
@@ -82,6 +85,7 @@ def linear_tile(
         block_ranks=64,
         tile_rows=tile_rows,
         row_programs=max(1, spare // (parts * splits)),
+        splits=1,
         shrink=ShrinkTile(
             block_k=max(16, min(256 // itemsize, most_k)),
             block_ranks=64,
@@ -119,8 +123,9 @@ def refusals(tile: LinearTile, *, rows: int, itemsize: int) -> list[str]:
     counts = dict(
         row_programs=tile.row_programs,
         stages=tile.stages,
+        splits=tile.splits,
         rank_programs=tile.shrink.rank_programs,
-        splits=tile.shrink.splits,
+        shrink_splits=tile.shrink.splits,
     )
     found += [f"{name}={count} is not at least 1" for name, count in counts.items() if count < 1]
     if (needed := shared_memory_bytes(tile, rows=rows, itemsize=itemsize)) > SHARED_MEMORY_BYTES:

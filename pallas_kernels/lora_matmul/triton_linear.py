@@ -8,7 +8,8 @@ others has some columns for all rows, streams its columns of w, waits for the sh
 ended then, and adds the columns of B, in blocks of ranks that short lists share (`triton_lists`).
 No program waits for a later one, and a GPU starts them in order, so that they cannot wait for each
 other in a circle. Both products accumulate in float32, in a fixed order, and are rounded once
-together.
+together. Where there are few columns, other programs stream the rest of the input columns before
+them, and leave their sums to them in memory.
 
 U splits * T rows of partial sums, C rank columns of all parts; other letters as in `api`, `layout`
 and `triton_lists`. Lower case is one block: t rows (all of them), d input columns, r ranks, e
@@ -79,7 +80,8 @@ def lora_linear(
         cut=cut.shrink,
     )
     segments = column_segments(pools, columns, E)
-    programs = sum(pl.cdiv(s.stop - s.start, cut.block_columns) for s in segments)
+    blocks = sum(pl.cdiv(s.stop - s.start, cut.block_columns) for s in segments)
+    float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     operands = (
         layer,
         x_TD,
@@ -92,14 +94,15 @@ def lora_linear(
         spare,
     )
     first = len(jax.tree.leaves(operands)) - 2
-    y_TE, spare, arrived, _ = pl.pallas_call(
-        functools.partial(_body, shrink=shrink, segments=segments, cut=cut),
+    y_TE, spare, arrived, *_ = pl.pallas_call(
+        functools.partial(_body, shrink=shrink, segments=segments, blocks=blocks, cut=cut),
         out_shape=(
             jax.ShapeDtypeStruct((T, E), x_TD.dtype),
             *(jax.ShapeDtypeStruct(of.shape, of.dtype) for of in (arrived, spare)),
             shrink.sums_shape(x_TD),
+            (float32((T, E)),) * (cut.splits - 1),
         ),
-        grid=(shrink.programs + programs,),
+        grid=(shrink.programs + blocks * cut.splits,),
         compiler_params=plgpu.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
         input_output_aliases={first: 1, first + 1: 2},
         name="lora_linear",
@@ -122,9 +125,11 @@ def _body(
     arrived,
     spare,
     h_UC,
+    given_refs,
     *,
     shrink: Shrink,
     segments: Sequence[ColumnSegment],
+    blocks: int,
     cut: LinearTile,
 ):
     program = pl.program_id(0)
@@ -132,8 +137,7 @@ def _body(
     @pl.when(program < shrink.programs)
     def _():
         shrink.run(shrink.place(program), layer, x_TD, tables, a_refs, scale_refs, h_UC)
-        plgpu.debug_barrier()  # one thread counts for all, after all have written
-        plgpu.atomic_add(arrived, (jnp.int32(0),), jnp.int32(1))
+        _arrive(arrived)
 
     @pl.when(program == 0)
     def _():
@@ -141,7 +145,8 @@ def _body(
 
     @pl.when(program >= shrink.programs)
     def _():
-        part, column, stop = _place(segments, program - shrink.programs, cut.block_columns)
+        split, block = _share(program - shrink.programs, blocks, cut.splits)
+        part, column, stop = _place(segments, block, cut.block_columns)
         row_t, at_e = (
             jnp.arange(block_height(x_TD.shape[0])),
             column + jnp.arange(cut.block_columns),
@@ -150,21 +155,49 @@ def _body(
         # Loaded before the product, used after it.
         lists = _Lists.of(part, list_refs, h_UC, row_t, cut=cut)
         of_first = lists.block_t(0), lists.blocks(0)
-        y_te = _product(x_TD, w_DE, row_t, at_e, is_row_t, is_column_e, block_k=cut.block_k)
-        _wait_until(arrived, shrink.programs)
-        first_k = lists.sums(0), *of_first
-        for i, b_RE in enumerate(b_refs):
-            first = next(s.start for s in segments if s.part == i)
+        y_te = _product(x_TD, w_DE, row_t, at_e, is_row_t, is_column_e, split, cut=cut)
+        at, mask_te = (row_t[:, None], at_e[None, :]), is_row_t[:, None] & is_column_e[None, :]
 
-            def b_re(page_r, rank_r, *, b_RE=b_RE, at_e=at_e - first, pages=shrink.pages[i]):
-                row_r = pool_rows(page_r, rank_r, layer=layer, pages=pages)
-                b_at = b_RE.at[row_r[:, None], at_e[None, :]]
-                return plgpu.load(b_at, mask=is_column_e[None, :], other=0).astype(x_TD.dtype)
+        for i, given_TE in enumerate(given_refs):
 
-            mine = lists._replace(pages_t=jnp.where(part == i, lists.pages_t, 0))
-            y_te = _add_part(y_te, first_k, mine, b_re, dtype=x_TD.dtype)
-        y_at = y_TE.at[row_t[:, None], at_e[None, :]]
-        plgpu.store(y_at, y_te.astype(y_TE.dtype), mask=is_row_t[:, None] & is_column_e[None, :])
+            @pl.when(split == i + 1)
+            def _(given_TE=given_TE):
+                plgpu.store(given_TE.at[at], y_te, mask=mask_te)
+                _arrive(arrived)
+
+        @pl.when(split == 0)
+        def _():
+            _wait_until(arrived, shrink.programs + blocks * len(given_refs))
+            first_k = lists.sums(0), *of_first
+            given = [plgpu.load(given_TE.at[at], mask=mask_te, other=0) for given_TE in given_refs]
+            sums_te = functools.reduce(jnp.add, given, y_te)
+            for i, b_RE in enumerate(b_refs):
+                first = next(s.start for s in segments if s.part == i)
+
+                def b_re(page_r, rank_r, *, b_RE=b_RE, at_e=at_e - first, pages=shrink.pages[i]):
+                    row_r = pool_rows(page_r, rank_r, layer=layer, pages=pages)
+                    b_at = b_RE.at[row_r[:, None], at_e[None, :]]
+                    return plgpu.load(b_at, mask=is_column_e[None, :], other=0).astype(x_TD.dtype)
+
+                mine = lists._replace(pages_t=jnp.where(part == i, lists.pages_t, 0))
+                sums_te = _add_part(sums_te, first_k, mine, b_re, dtype=x_TD.dtype)
+            plgpu.store(y_TE.at[at], sums_te.astype(y_TE.dtype), mask=mask_te)
+
+
+def _share(nth, blocks: int, splits: int):
+    """Range of the input columns and block of columns of one of the programs for the product.
+
+    Those of the first range wait for the others, and so come last.
+    """
+    if splits == 1:
+        return 0, nth
+    return splits - 1 - jax.lax.div(nth, blocks), jax.lax.rem(nth, blocks)
+
+
+def _arrive(arrived) -> None:
+    """Counts the program as one that has written what others wait for."""
+    plgpu.debug_barrier()  # one thread counts for all, after all have written
+    plgpu.atomic_add(arrived, (jnp.int32(0),), jnp.int32(1))
 
 
 def _wait_until(arrived, programs: int) -> None:
@@ -296,18 +329,21 @@ class _Lists(NamedTuple):
         )
 
 
-def _product(x_TD, w_DE, row_t, at_e, is_row_t, is_column_e, *, block_k: int) -> jax.Array:
-    """`x @ w` over all input columns, `[t, e]` float32."""
+def _product(
+    x_TD, w_DE, row_t, at_e, is_row_t, is_column_e, split, *, cut: LinearTile
+) -> jax.Array:
+    """`x @ w` over a range of the input columns, `[t, e]` float32."""
     D = x_TD.shape[1]
+    steps = pl.cdiv(pl.cdiv(D, cut.block_k), cut.splits)
 
     def step(n, y_te):
-        at_d = n * block_k + jnp.arange(block_k)
+        at_d = (split * steps + n) * cut.block_k + jnp.arange(cut.block_k)
         x_mask_td, w_mask_de = is_row_t[:, None], is_column_e[None, :]
-        if D % block_k:
+        if cut.splits * steps * cut.block_k > D:  # the last range has less
             x_mask_td, w_mask_de = x_mask_td & (at_d < D)[None, :], w_mask_de & (at_d < D)[:, None]
         x_td = plgpu.load(x_TD.at[row_t[:, None], at_d[None, :]], mask=x_mask_td, other=0)
         w_de = plgpu.load(w_DE.at[at_d[:, None], at_e[None, :]], mask=w_mask_de, other=0)
         return y_te + dot(x_td, w_de, contract=(1, 0))
 
     zeros_te = jnp.zeros((row_t.shape[0], at_e.shape[0]), jnp.float32)
-    return jax.lax.fori_loop(0, pl.cdiv(D, block_k), step, zeros_te)
+    return jax.lax.fori_loop(0, steps, step, zeros_te)

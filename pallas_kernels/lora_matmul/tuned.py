@@ -100,7 +100,7 @@ def _programs(tile: LinearTile, key: Key) -> int:
     """Of a launch; those that find no multiprocessor of their own make the others wait."""
     row_programs = min(tile.row_programs, key.tokens)
     of_shrink = row_programs * tile.shrink.splits * tile.shrink.rank_programs
-    return of_shrink + math.ceil(key.columns / tile.block_columns)
+    return of_shrink + math.ceil(key.columns / tile.block_columns) * tile.splits
 
 
 def _measured(key: Key, *, height: int, itemsize: int, device: str) -> Any:

@@ -19,7 +19,13 @@ WIDTH, COLUMNS = 40, 48  # no block divides the width, nor the parts' 24 and 13 
 # Several steps of each loop; short lists share a block.
 SHRINK = ShrinkTile(block_k=16, block_ranks=16, rank_programs=2, splits=2, warps=4, stages=3)
 CUT = LinearTile(
-    block_columns=16, block_k=16, block_ranks=32, tile_rows=16, row_programs=2, shrink=SHRINK
+    block_columns=16,
+    block_k=16,
+    block_ranks=32,
+    tile_rows=16,
+    row_programs=2,
+    splits=2,
+    shrink=SHRINK,
 )
 
 
@@ -85,6 +91,8 @@ class TestValues:
             dict(block_columns=32),  # wider than a part
             dict(tile_rows=32),
             dict(row_programs=64),  # more than rows
+            dict(splits=1),
+            dict(splits=4),  # one has nothing left
             dict(shrink=dataclasses.replace(SHRINK, stages=1)),
             dict(shrink=dataclasses.replace(SHRINK, splits=1, block_ranks=32)),
             dict(shrink=dataclasses.replace(SHRINK, splits=3, rank_programs=1)),
@@ -201,7 +209,8 @@ def test_computed_cuts_are_legal(width, columns, itemsize):
             "warps=3 is not 1, 2, 4, 8 or 16",
         ),
         (dict(shrink=dataclasses.replace(SHRINK, stages=0)), "stages=0 is not at least 1"),
-        (dict(shrink=dataclasses.replace(SHRINK, splits=0)), "splits=0 is not at least 1"),
+        (dict(shrink=dataclasses.replace(SHRINK, splits=0)), "shrink_splits=0 is not at least 1"),
+        (dict(splits=0), "splits=0 is not at least 1"),
         (
             dict(block_k=4096),
             "it needs about 524288 bytes of shared memory, a program has 232448",

@@ -27,7 +27,13 @@ TILE = LoraTile(
     expand=ExpandTile(block_columns=16, blocks=1, block_ranks=32, warps=4, stages=2),
 )
 LINEAR_TILE = LinearTile(
-    block_columns=16, block_k=16, block_ranks=32, tile_rows=16, row_programs=2, shrink=SHRINK
+    block_columns=16,
+    block_k=16,
+    block_ranks=32,
+    tile_rows=16,
+    row_programs=2,
+    splits=1,
+    shrink=SHRINK,
 )
 
 

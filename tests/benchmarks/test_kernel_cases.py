@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import numpy as np
 import pytest
 
 from benchmarks import attention_cases, kernels, lora_cases, lora_inputs, lora_summary, merge_cases
@@ -79,12 +80,29 @@ def test_linears_that_share_an_input_are_one_call():
     assert all(error <= 1 for error in found.values()), found
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_call_has_its_input_once_the_call_before_has_ended(alone):
+    how = dict(name="lora/x", model="tiny", alone=alone)
+    ((*programs,),) = lora_groups(LinearShape(64, (48,)), [Point(tokens=8, ranks=(8,))], **how)
+    for program in programs:
+        _, xs_TD = program.carry()
+        (ys_TE, after_TD), _ = program.run(program.carry(), *program.inputs())
+        np.testing.assert_array_equal(bits(after_TD), bits(xs_TD))
+        xs_TD[3] = xs_TD[3].at[0].set(np.nan)  # of the fourth layer's call, in both rounds
+        (lost_TE, _), _ = program.run((ys_TE, xs_TD), *program.inputs())
+        assert [bool(np.isnan(y_TE[0, 0])) for y_TE in lost_TE] == [n >= 3 for n in range(32)]
+
+
+def bits(xs) -> np.ndarray:
+    return np.stack(xs).view(np.uint16)
+
+
 def test_the_check_sees_a_wrong_page():
     point = Point(tokens=8, ranks=(64,) * 8)
     ((_, program, *_),) = lora_groups(LinearShape(64, (48,)), [point], name="lora/x", model="tiny")
-    x_TD, w_DE, (pools, tiles) = program.inputs()
+    w_DE, (pools, tiles) = program.inputs()
     shifted = tiles.__class__(**fields(tiles) | {"plus_M": tiles.plus_M + 1})
-    assert program.error(program.run(program.carry(), x_TD, w_DE, (pools, shifted))) > 10
+    assert program.error(program.run(program.carry(), w_DE, (pools, shifted))) > 10
 
 
 def fields(tile):

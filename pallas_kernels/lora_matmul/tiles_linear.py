@@ -13,6 +13,7 @@ from pallas_kernels.lora_matmul.tiles import (
 
 MAX_ROWS = 64  # above, programs read more of x than of w
 MIN_PROGRAMS = 64  # fewer do not saturate an H100's memory
+ONE_RANGE_ROWS = 32  # above, programs for few columns have too much of x to read each
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +52,7 @@ class LinearTile:
 
 def linear_tile(
     *,
+    rows: int,
     width: int,
     columns: int,
     parts: int,
@@ -61,6 +63,7 @@ def linear_tile(
     """Returns a good tile for up to `MAX_ROWS` rows, whose bytes are those of the weights.
 
     Args:
+      rows: T.
       width: D.
       columns: E, of all linears that share the input.
       parts: how many of them there are.
@@ -68,16 +71,17 @@ def linear_tile(
       tile_rows: of a row tile, at most; a power of two of at least 16.
       device: `jax.Device.device_kind`; an H100 when None or unknown.
     """
-    # The wider the blocks, the fewer programs read x.
-    # Exact float32 products have no tensor cores, and in wide blocks spill their registers.
-    wide = () if itemsize > 2 else (128, 64)
-    block_columns = next((size for size in wide if columns / size >= MIN_PROGRAMS), 32)
-    block_k, stages = {128: (64, 5), 64: (128, 5), 32: (128, 7)}[block_columns]
+    count = multiprocessors(device)
+    block_columns, ranges = _block_columns(rows, columns, itemsize=itemsize, count=count)
+    # Of two ranges, two programs fit the memory of a multiprocessor.
+    cuts = {(128, 1): (64, 5), (64, 1): (128, 5), (32, 1): (128, 7), (64, 2): (64, 5)}
+    block_k, stages = cuts[block_columns, ranges]
     # The fewer sums, the less is read after the product, but programs of few columns have less time
     # for them.
     splits, most_k = 1 if block_columns == 128 else 2, power_of_two(width)
-    # Programs that do not find a multiprocessor of their own make others wait.
-    programs, count = math.ceil(columns / block_columns), multiprocessors(device)
+    # Programs that do not find a multiprocessor of their own make others wait, but those of a
+    # second range, which share one.
+    programs = math.ceil(columns / block_columns)
     spare = count * math.ceil(programs / count) - programs
     return LinearTile(
         block_columns=max(16, min(block_columns, power_of_two(columns))),
@@ -85,7 +89,7 @@ def linear_tile(
         block_ranks=64,
         tile_rows=tile_rows,
         row_programs=max(1, spare // (parts * splits)),
-        splits=1,
+        splits=ranges,
         shrink=ShrinkTile(
             block_k=max(16, min(256 // itemsize, most_k)),
             block_ranks=64,
@@ -95,6 +99,17 @@ def linear_tile(
             stages=stages,
         ),
     )
+
+
+def _block_columns(rows: int, columns: int, *, itemsize: int, count: int) -> tuple[int, int]:
+    """Output columns of a program, and ranges of the input columns."""
+    if itemsize > 2:
+        # Exact float32 products have no tensor cores, and in wide blocks spill their registers.
+        return 32, 1
+    if rows > ONE_RANGE_ROWS and MIN_PROGRAMS <= 2 * math.ceil(columns / 64) <= count:
+        return 64, 2
+    # The wider the blocks, the fewer programs read x.
+    return next((size for size in (128, 64) if columns / size >= MIN_PROGRAMS), 32), 1
 
 
 def refusals(tile: LinearTile, *, rows: int, itemsize: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""The search for the tiles of one shape: from the best guess downhill, into the device's table."""
+"""The search for the tiles of one shape: from guesses downhill, into the device's table."""
 
 import collections
 import dataclasses
@@ -7,7 +7,8 @@ from typing import Any
 
 from pallas_kernels.lora_matmul import candidates, candidates_linear
 from pallas_kernels.lora_matmul.candidates import STEPS, Task
-from pallas_kernels.lora_matmul.tiles_linear import LinearTile, linear_tile
+from pallas_kernels.lora_matmul.tiles import LoraTile
+from pallas_kernels.lora_matmul.tiles_linear import MAX_ROWS, LinearTile, linear_tile
 from pallas_kernels.lora_matmul.tuned import ITEM_BYTES, LINEAR, LORA, at_rows, computed_tile
 from pallas_kernels.tuning.search import Ladders, Outcome, descend, mean_us
 from pallas_kernels.tuning.table import Entry, Key, Segments, Skipped, Table
@@ -20,32 +21,40 @@ ASKED_SEGMENTS: tuple[Segments, ...] = ("any", "few")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Space[Tile]:
-    """The tiles of an operator: where a search begins, and where it may go."""
+    """The tiles of an operator: where a search on a device begins, and where it may go."""
 
-    start: Callable[[Task, str], Tile]
+    starts: Callable[[Task, str], list[Tile]]
     ladders: Callable[[Task], Ladders]
     legal: Callable[[Tile, Task], bool]
 
 
-def _computed(task: Task, device: str):
-    return computed_tile(key_of(task), block_rows=task.block_rows, device=device)
+def _computed(task: Task, device: str) -> list[LoraTile]:
+    return [computed_tile(key_of(task), block_rows=task.block_rows, device=device)]
 
 
-def _computed_linear(task: Task, device: str) -> LinearTile:
-    return linear_tile(
-        width=task.linear.width,
-        columns=task.columns,
-        parts=len(task.linear.columns),
-        itemsize=ITEM_BYTES,
-        tile_rows=task.block_rows,
-        device=device,
-    )
+def _computed_linear(task: Task, device: str) -> list[LinearTile]:
+    """As for those rows, for the fewest, and for the most, which may have another range.
+
+    No search adds a range: it pays where blocks are smaller, too, and the first step would lose.
+    """
+    return [
+        linear_tile(
+            rows=rows,
+            width=task.linear.width,
+            columns=task.columns,
+            parts=len(task.linear.columns),
+            itemsize=ITEM_BYTES,
+            tile_rows=task.block_rows,
+            device=device,
+        )
+        for rows in (task.tokens, 1, MAX_ROWS)
+    ]
 
 
 SPACES: Mapping[str, Space[Any]] = {
-    LORA: Space(start=_computed, ladders=candidates.ladders, legal=candidates.legal),
+    LORA: Space(starts=_computed, ladders=candidates.ladders, legal=candidates.legal),
     LINEAR: Space(
-        start=_computed_linear,
+        starts=_computed_linear,
         ladders=candidates_linear.ladders,
         legal=candidates_linear.legal,
     ),
@@ -103,13 +112,13 @@ def search(
     def legal(tile) -> bool:
         return space.legal(tile, task) and tile not in failed
 
-    guesses = [space.start(task, table.device)]
+    guesses = space.starts(task, table.device)
     if (entry := table.nearest(key, height=task.block_rows)) is not None:
         guesses.insert(0, at_rows(entry, task.tokens))
-    start = next(filter(legal, guesses), None)
-    if start is None:
+    starts = list(filter(legal, dict.fromkeys(guesses)))
+    if not starts:
         return {}
-    outcomes = yield from descend(start, ladders=space.ladders(task), legal=legal)
+    outcomes = yield from descend(starts, ladders=space.ladders(task), legal=legal)
     for tile, outcome in outcomes.items():
         if isinstance(outcome, str):
             table.skipped.append(Skipped(key=key, tile=tile, reason=outcome))

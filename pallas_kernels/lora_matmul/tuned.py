@@ -80,6 +80,7 @@ def linear_tile_for(
 ) -> LinearTile:
     """Returns the tile for a shape of so many parts; see `lora_tile_for`."""
     tile = _measured(key, height=tile_rows, itemsize=itemsize, device=device) or linear_tile(
+        rows=key.tokens,
         width=key.width,
         columns=key.columns,
         parts=parts,

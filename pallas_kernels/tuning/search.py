@@ -65,15 +65,16 @@ def mean_us(outcome: Outcome) -> float:
 
 
 def descend[Tile](
-    start: Tile, *, ladders: Ladders, legal: Callable[[Tile], bool]
+    starts: Sequence[Tile], *, ladders: Ladders, legal: Callable[[Tile], bool]
 ) -> Generator[list[Tile], Mapping[Tile, Outcome], dict[Tile, Outcome]]:
-    """Goes downhill round by round, each around the best so far, until none gains any more.
+    """Goes downhill from the best start, round by round, each around the best so far, until none
+    gains any more.
 
     Most numbers change what others take but little. So a round goes on from the best steps of all
     numbers together, and leaves numbers alone whose steps lost clearly.
 
     Args:
-      start: a legal tile.
+      starts: legal tiles, each once; at least one.
       ladders: rungs of each path in ascending order; a path without any keeps its number.
       legal: whether a tile is worth being compiled.
 
@@ -84,7 +85,9 @@ def descend[Tile](
       What each measured tile took.
     """
     outcomes: dict[Tile, Outcome] = {}
-    centre, least_us = start, math.inf
+    if len(starts) > 1:
+        outcomes |= yield list(starts)
+    centre, least_us = min(starts, key=functools.partial(_us, outcomes)), math.inf
     settled: set[str] = set()
     for _ in range(MAX_ROUNDS):
         near = neighbours(centre, ladders, legal)

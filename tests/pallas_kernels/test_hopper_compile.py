@@ -109,7 +109,8 @@ def test_the_product_of_a_prompt_adds_the_updates_in_place(
 @pytest.mark.parametrize(("width", "widths"), LINEARS.values(), ids=LINEARS.keys())
 def test_the_linear_of_a_decode(compiled, width, widths, rows):
     E = sum(widths)
-    cut = tiles_linear.linear_tile(width=width, columns=E, parts=len(widths), itemsize=2)
+    how = dict(width=width, columns=E, parts=len(widths), itemsize=2)
+    cut = tiles_linear.linear_tile(rows=rows, **how)
 
     def multiply(x_TD, w_DE, pools, adapter_T, arrived, spare):
         row_tiles = op.RowTiles.of(adapter_T, block_rows=16)

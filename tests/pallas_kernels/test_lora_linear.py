@@ -104,7 +104,7 @@ class TestValues:
         check([0, 0, 1, -1, 2, 2, 2], {0: [5], 1: [1, 7, 6, 3], 2: [4, 2]}, cut=cut)
 
     def test_the_computed_cut(self):
-        cut = tiles_linear.linear_tile(width=WIDTH, columns=COLUMNS, parts=2, itemsize=4)
+        cut = tiles_linear.linear_tile(rows=3, width=WIDTH, columns=COLUMNS, parts=2, itemsize=4)
         check([2, 1, 1], {1: [1, 7], 2: [4]}, cut=cut)
 
     def test_weights_are_cast_to_the_dtype_of_the_rows(self):
@@ -163,12 +163,9 @@ SIZES = LINEARS | {
 @pytest.mark.parametrize("rows", [1, tiles_linear.MAX_ROWS])
 @pytest.mark.parametrize(("width", "widths"), SIZES.values(), ids=SIZES.keys())
 def test_linears_that_share_an_input_are_one_launch(width, widths, rows, dtype):
-    E, cut = (
-        sum(widths),
-        tiles_linear.linear_tile(
-            width=width, columns=sum(widths), parts=len(widths), itemsize=jnp.dtype(dtype).itemsize
-        ),
-    )
+    E = sum(widths)
+    how = dict(width=width, columns=E, parts=len(widths), itemsize=jnp.dtype(dtype).itemsize)
+    cut = tiles_linear.linear_tile(rows=rows, **how)
 
     def multiply(x_TD, w_DE, pools, adapter_T):
         return triton_linear.lora_linear(
@@ -193,10 +190,34 @@ def test_linears_that_share_an_input_are_one_launch(width, widths, rows, dtype):
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize(("width", "columns"), [(8, 8), (40, 24), (4096, 12288), (4096, 6144)])
-def test_computed_cuts_are_legal(width, columns, itemsize):
-    cut = tiles_linear.linear_tile(width=width, columns=columns, parts=1, itemsize=itemsize)
-    assert tiles_linear.refusals(cut, rows=tiles_linear.MAX_ROWS, itemsize=itemsize) == []
+@pytest.mark.parametrize("rows", [1, 33, tiles_linear.MAX_ROWS])
+@pytest.mark.parametrize(
+    ("width", "columns"),
+    [(8, 8), (64, 64), (40, 24), (64, 4096), (4096, 4096), (4096, 12288), (4096, 6144)],
+)
+def test_computed_cuts_are_legal(width, columns, rows, itemsize):
+    how = dict(rows=rows, itemsize=itemsize)
+    cut = tiles_linear.linear_tile(width=width, columns=columns, parts=1, **how)
+    assert tiles_linear.refusals(cut, **how) == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "itemsize", "device", "ranges"),
+    [
+        (33, 4096, 2, "NVIDIA H200", 2),
+        (32, 4096, 2, "NVIDIA H200", 1),
+        (64, 4096, 4, "NVIDIA H200", 1),  # exact float32 has narrow blocks, and so many programs
+        (64, 4096, 2, "NVIDIA A100-SXM4-80GB", 1),  # fewer than two multiprocessors a block
+        (64, 5120, 2, "NVIDIA H200", 1),
+        (64, 64, 2, "NVIDIA H200", 1),
+    ],
+)
+def test_many_rows_and_few_columns_get_two_ranges(rows, columns, itemsize, device, ranges):
+    how = dict(rows=rows, itemsize=itemsize)
+    cut = tiles_linear.linear_tile(width=4096, columns=columns, parts=1, device=device, **how)
+    assert cut.splits == ranges
+    if ranges == 2:  # a multiprocessor keeps 1 KiB for itself of what each of its programs has
+        assert 2 * (tiles_linear.shared_memory_bytes(cut, **how) + 1024) <= 228 * 1024
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from pallas_kernels.lora_matmul import (
     xla,
 )
 from pallas_kernels.lora_matmul.candidates import Task, legal, registers
-from pallas_kernels.lora_matmul.tune import SPACES
+from pallas_kernels.lora_matmul.tune import SPACES, search
 from pallas_kernels.tuning import table as tuning_table
 from pallas_kernels.tuning.run import tasks
 from pallas_kernels.tuning.search import neighbours, paths, replaced
@@ -52,7 +52,9 @@ def device(monkeypatch, tmp_path):
 
 
 def linear_entry(of: Key, *, us=10.0, **changes) -> Entry:
-    tile = tiles_linear.linear_tile(width=of.width, columns=of.columns, parts=1, itemsize=2)
+    tile = tiles_linear.linear_tile(
+        rows=of.tokens, width=of.width, columns=of.columns, parts=1, itemsize=2
+    )
     return Entry(key=of, tile=dataclasses.replace(tile, **changes), us=us)
 
 
@@ -140,7 +142,7 @@ def test_a_small_step_takes_the_tile_of_one_launch(device, monkeypatch):
     ship(device, measured, entry(key(8), height=16))
     assert linear_tile_of_call(monkeypatch, rows=8) == for_mixtures(measured.tile)
     assert linear_tile_of_call(monkeypatch, rows=16).row_programs == 6
-    computed = tiles_linear.linear_tile(width=4096, columns=4096, parts=1, itemsize=4)
+    computed = tiles_linear.linear_tile(rows=8, width=4096, columns=4096, parts=1, itemsize=4)
     assert linear_tile_of_call(monkeypatch, rows=8, dtype=jnp.float32) == computed
     assert linear_tile_of_call(monkeypatch, rows=8) == for_mixtures(measured.tile)
 
@@ -227,18 +229,27 @@ def test_computed_tiles_are_legal_at_every_height(block_rows, itemsize):
 
 
 @pytest.mark.parametrize("task", TASKS[::7], ids=lambda task: task.name)
-def test_a_search_begins_with_a_tile_that_it_would_accept_and_has_somewhere_to_go(task):
+def test_a_search_begins_with_tiles_that_it_would_accept_and_has_somewhere_to_go(task):
     space = SPACES[task.op]
-    start = space.start(task, DEVICE)
-    assert space.legal(start, task)
-    found = neighbours(start, space.ladders(task), lambda tile: space.legal(tile, task))
-    assert sum(map(len, found.values())) >= 8
+    for start in space.starts(task, DEVICE):
+        assert space.legal(start, task)
+        found = neighbours(start, space.ladders(task), lambda tile: space.legal(tile, task))
+        assert sum(map(len, found.values())) >= 8
+
+
+@pytest.mark.parametrize("tokens", [32, 64])
+def test_a_search_of_few_columns_begins_with_one_range_and_with_two(tokens):
+    task, *_ = tasks([], only=f"linear/4096-4096/t{tokens}/")
+    table, first = Table(device=DEVICE, jax="0.11.2", kinds=tuned.KINDS), tokens // 32
+    assert [tile.splits for tile in next(search(task, table))] == [first, 3 - first]
+    table.add(known := linear_entry(key(tokens, op="linear"), block_columns=16))
+    assert [tile == known.tile for tile in next(search(task, table))] == [True, False, False]
 
 
 @pytest.mark.parametrize("op", SPACES)
 def test_every_number_of_a_tile_is_searched_but_for_the_height(op):
     task = next(task for task in TASKS if task.op == op)
-    names = {path for path, _ in paths(SPACES[op].start(task, DEVICE))}
+    names = {path for path, _ in paths(SPACES[op].starts(task, DEVICE)[0])}
     assert names - SPACES[op].ladders(task).keys() <= {"block_rows", "tile_rows"}
     assert SPACES[op].ladders(task).keys() < names
 
@@ -247,7 +258,7 @@ def any_tile(task: Task):
     """Tiles of any rungs."""
 
     def tile_of(numbers):
-        tile = SPACES[task.op].start(task, DEVICE)
+        tile, *_ = SPACES[task.op].starts(task, DEVICE)
         for path, number in numbers.items():
             tile = replaced(tile, path, number)
         return tile

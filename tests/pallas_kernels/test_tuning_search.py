@@ -42,9 +42,9 @@ def anything(tile) -> bool:
     return True
 
 
-def search(start: Tile, *, legal, measure) -> dict:
+def search(*starts: Tile, legal, measure) -> dict:
     """Sends a descent what a function says of its tiles."""
-    rounds, outcomes = descend(start, ladders=LADDERS, legal=legal), None
+    rounds, outcomes = descend(starts, ladders=LADDERS, legal=legal), None
     while True:
         try:
             outcomes = measure(rounds.send(outcomes))
@@ -149,6 +149,24 @@ def test_a_search_may_begin_with_a_failure():
 
     outcomes = search(start, legal=anything, measure=measure)
     assert min(map(mean_us, outcomes.values())) == 1
+
+
+def test_of_several_starts_the_best_is_gone_on_from():
+    low, high, bad = (Tile(rows=rows, cut=Cut(block=1, stages=1)) for rows in (1, 16, 8))
+    rounds = []
+
+    def measure(tiles):  # between the starts it is slower than around either
+        rounds.append(tiles)
+        us = {1: 10.0, 2: 20.0, 4: 20.0, 8: "spills", 16: 9.0}
+        times = {tile: us[tile.rows] for tile in tiles}
+        return {
+            t: at if isinstance(at, str) else {"few": at / t.cut.block} for t, at in times.items()
+        }
+
+    outcomes = search(low, bad, high, legal=anything, measure=measure)
+    assert rounds[0] == [low, bad, high]
+    assert min(outcomes, key=lambda t: mean_us(outcomes[t])) == replaced(high, "cut.block", 16)
+    assert 2 not in {tile.rows for tile in outcomes}
 
 
 def test_the_mean_weighs_ratios_and_a_failure_is_worse_than_any_time():

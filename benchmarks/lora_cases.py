@@ -30,7 +30,7 @@ from pallas_kernels.lora_matmul import (
     lora_linear,
     lora_matmul,
 )
-from pallas_kernels.lora_matmul.measure import distance
+from pallas_kernels.lora_matmul.measure import after, distance
 from pallas_kernels.lora_matmul.tiles import ExpandTile, LoraTile, ShrinkTile, block_rows
 from pallas_kernels.tuning.shapes import LinearShape
 
@@ -71,7 +71,7 @@ class Batches:
         keys = jax.random.split(jax.random.key(1), self.bare.layers)
         ys_TE = [jnp.zeros(shape_TE, jnp.bfloat16) for _ in range(self.bare.calls)]
         xs_TD = [jax.random.normal(key, shape_TD, jnp.bfloat16) for key in keys]
-        return ys_TE, [x_TD.at[0, 0].set(1) for x_TD in xs_TD]  # see `_after`
+        return ys_TE, [x_TD.at[0, 0].set(1) for x_TD in xs_TD]  # see `after`
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -186,23 +186,10 @@ def _run(carry, ws_DE, adapters, *, call: Callable[..., jax.Array]):
     for n in range(len(ys_TE)):  # they are memory for the results
         layer = n % len(xs_TD)
         if returned:
-            xs_TD[layer], returned[-1] = _after(xs_TD[layer], returned[-1])
+            xs_TD[layer], returned[-1] = after(xs_TD[layer], returned[-1])
         w_DE = None if ws_DE is None else ws_DE[layer]
         returned.append(call(layer, xs_TD[layer], w_DE, adapters, counters))
     return (returned, xs_TD), None
-
-
-def _after(x_TD: jax.Array, y_TE: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both as they are, x only once y is there; `x_TD[0, 0]` is 1 and written again in place.
-
-    Else XLA starts what is small in a call, such as `x @ A`, beside the products before it.
-    """
-    # Without barriers the write, and one number of y, could become part of any kernel.
-    y_TE = jax.lax.optimization_barrier(y_TE)
-    # XLA cannot know that y is never NaN.
-    one_11 = jnp.where(jnp.isnan(y_TE[:1, :1]), y_TE[:1, :1], 1)
-    x_TD = jax.lax.dynamic_update_slice(x_TD, one_11, (0, 0))
-    return jax.lax.optimization_barrier(x_TD), y_TE
 
 
 def _product(layer: int, x_TD, w_DE, adapters, counters) -> jax.Array:

@@ -81,7 +81,6 @@ def lora_linear(
     )
     segments = column_segments(pools, columns, E)
     blocks = sum(pl.cdiv(s.stop - s.start, cut.block_columns) for s in segments)
-    float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     operands = (
         layer,
         x_TD,
@@ -100,7 +99,7 @@ def lora_linear(
             jax.ShapeDtypeStruct((T, E), x_TD.dtype),
             *(jax.ShapeDtypeStruct(of.shape, of.dtype) for of in (arrived, spare)),
             shrink.sums_shape(x_TD),
-            (float32((T, E)),) * (cut.splits - 1),
+            (jax.ShapeDtypeStruct((T, E), jnp.float32),) * (cut.splits - 1),
         ),
         grid=(shrink.programs + blocks * cut.splits,),
         compiler_params=plgpu.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
@@ -158,12 +157,12 @@ def _body(
         y_te = _product(x_TD, w_DE, row_t, at_e, is_row_t, is_column_e, split, cut=cut)
         at, mask_te = (row_t[:, None], at_e[None, :]), is_row_t[:, None] & is_column_e[None, :]
 
-        for i, given_TE in enumerate(given_refs):
+        def give(given_TE):
+            plgpu.store(given_TE.at[at], y_te, mask=mask_te)
+            _arrive(arrived)
 
-            @pl.when(split == i + 1)
-            def _(given_TE=given_TE):
-                plgpu.store(given_TE.at[at], y_te, mask=mask_te)
-                _arrive(arrived)
+        for i, given_TE in enumerate(given_refs):
+            pl.when(split == i + 1)(functools.partial(give, given_TE))
 
         @pl.when(split == 0)
         def _():
@@ -173,12 +172,8 @@ def _body(
             sums_te = functools.reduce(jnp.add, given, y_te)
             for i, b_RE in enumerate(b_refs):
                 first = next(s.start for s in segments if s.part == i)
-
-                def b_re(page_r, rank_r, *, b_RE=b_RE, at_e=at_e - first, pages=shrink.pages[i]):
-                    row_r = pool_rows(page_r, rank_r, layer=layer, pages=pages)
-                    b_at = b_RE.at[row_r[:, None], at_e[None, :]]
-                    return plgpu.load(b_at, mask=is_column_e[None, :], other=0).astype(x_TD.dtype)
-
+                at_layer = dict(layer=layer, pages=shrink.pages[i], dtype=x_TD.dtype)
+                b_re = functools.partial(_load_b, b_RE, at_e - first, is_column_e, **at_layer)
                 mine = lists._replace(pages_t=jnp.where(part == i, lists.pages_t, 0))
                 sums_te = _add_part(sums_te, first_k, mine, b_re, dtype=x_TD.dtype)
             plgpu.store(y_TE.at[at], sums_te.astype(y_TE.dtype), mask=mask_te)
@@ -208,6 +203,13 @@ def _wait_until(arrived, programs: int) -> None:
         return plgpu.atomic_add(arrived, (zero,), zero)
 
     jax.lax.while_loop(lambda so_far: so_far < programs, count, count(None))
+
+
+def _load_b(b_RE, at_e, is_column_e, page_r, rank_r, *, layer, pages: int, dtype) -> jax.Array:
+    """`[r, e]` of a part's B, given the page and the place of each rank."""
+    row_r = pool_rows(page_r, rank_r, layer=layer, pages=pages)
+    b_at = b_RE.at[row_r[:, None], at_e[None, :]]
+    return plgpu.load(b_at, mask=is_column_e[None, :], other=0).astype(dtype)
 
 
 def _add_part(y_te, first_k, lists: "_Lists", b_re, *, dtype) -> jax.Array:

@@ -75,8 +75,8 @@ def lora_linear(
 ) -> jax.Array:
     """Returns `x_TD @ w_DE + bias_E` plus each row's adapters, of linears that share an input.
 
-    For few rows without a bias, "triton" computes all of it in one launch. Otherwise it computes
-    the updates first, and XLA may add them in the same pass as it multiplies.
+    For few rows "triton" computes all of it in one launch. Otherwise it computes the updates first,
+    and XLA may add them in the same pass as it multiplies.
 
     Args:
       x_TD: `[T, D]` input.
@@ -95,12 +95,13 @@ def lora_linear(
     (T, D), E = x_TD.shape, w_DE.shape[1]
     if w_DE.shape[0] != D:
         raise ValueError(f"w_DE is for inputs of width {w_DE.shape[0]}, x_TD has {D}")
-    few = T <= tiles_linear.MAX_ROWS and bias_E is None and w_DE.dtype == x_TD.dtype
+    few = T <= tiles_linear.MAX_ROWS and w_DE.dtype == x_TD.dtype
     if implementation == "triton" and few and parts:
         _check(parts, tiles, T=T, D=D, E=E, layer=layer)
         return _in_one_launch(
             x_TD,
             w_DE,
+            bias_E,
             parts,
             tiles=tiles,
             layer=layer,
@@ -125,6 +126,7 @@ def lora_linear(
 def _in_one_launch(
     x_TD: jax.Array,
     w_DE: jax.Array,
+    bias_E: jax.Array | None,
     parts: Sequence[Part],
     *,
     tiles: RowTiles,
@@ -144,6 +146,7 @@ def _in_one_launch(
     y_TE, arrived[...], spare[...] = triton_linear.lora_linear(
         x_TD,
         w_DE,
+        bias_E,
         tuple(p.pool for p in parts),
         tiles,
         np.int32(layer),

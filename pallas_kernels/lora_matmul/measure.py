@@ -165,6 +165,7 @@ def _run_linear(x_TD, weights, pools, row_tiles, *, tile, columns: tuple[int, ..
         y_TE, *counters = triton_linear.lora_linear(
             x_TD,
             weights[layer % len(weights)],
+            None,
             pools,
             row_tiles,
             np.int32(layer),

@@ -1,6 +1,6 @@
 """A base product and the LoRA updates of all its parts in one launch, for few rows of input.
 
-    y_TE = x_TD @ w_DE;  y_TE[t] += (scale * x_TD[t] @ A_RD[ranks]^T) @ B_RE[ranks]
+    y_TE = x_TD @ w_DE + bias_E;  y_TE[t] += (scale * x_TD[t] @ A_RD[ranks]^T) @ B_RE[ranks]
 
 In a decode, launches cost more than what most adapters add. The first programs of the launch are
 the shrink's: they write their sums, h, to memory and count themselves as arrived. Each of the
@@ -42,6 +42,7 @@ from pallas_kernels.lora_matmul.triton_shrink import Shrink
 def lora_linear(
     x_TD: jax.Array,
     w_DE: jax.Array,
+    bias_E: jax.Array | None,
     pools: tuple[LoraPool, ...],
     tiles: RowTiles,
     layer: jax.Array,
@@ -85,6 +86,7 @@ def lora_linear(
         layer,
         x_TD,
         w_DE,
+        () if bias_E is None else (bias_E,),
         lists.tables,
         *triton_shrink.operands(pools),
         lists.arrays,
@@ -113,6 +115,7 @@ def _body(
     layer,
     x_TD,
     w_DE,
+    bias_refs,
     tables,
     a_refs,
     scale_refs,
@@ -154,7 +157,8 @@ def _body(
         # Loaded before the product, used after it.
         lists = _Lists.of(part, list_refs, h_UC, row_t, cut=cut)
         of_first = lists.block_t(0), lists.blocks(0)
-        y_te = _product(x_TD, w_DE, row_t, at_e, is_row_t, is_column_e, split, cut=cut)
+        first_te = _begin(bias_refs, row_t, at_e, is_column_e & (split == 0))
+        y_te = _product(first_te, x_TD, w_DE, row_t, at_e, is_row_t, is_column_e, split, cut=cut)
         at, mask_te = (row_t[:, None], at_e[None, :]), is_row_t[:, None] & is_column_e[None, :]
 
         def give(given_TE):
@@ -331,10 +335,19 @@ class _Lists(NamedTuple):
         )
 
 
+def _begin(bias_refs, row_t, at_e, mask_e) -> jax.Array:
+    """What sums begin with, `[t, e]` float32: the bias, if there is one."""
+    first_te = jnp.zeros((row_t.shape[0], at_e.shape[0]), jnp.float32)
+    for bias_E in bias_refs:
+        bias_e = plgpu.load(bias_E.at[at_e], mask=mask_e, other=0)
+        first_te += bias_e.astype(jnp.float32)[None, :]
+    return first_te
+
+
 def _product(
-    x_TD, w_DE, row_t, at_e, is_row_t, is_column_e, split, *, cut: LinearTile
+    first_te, x_TD, w_DE, row_t, at_e, is_row_t, is_column_e, split, *, cut: LinearTile
 ) -> jax.Array:
-    """`x @ w` over a range of the input columns, `[t, e]` float32."""
+    """`first + x @ w` over a range of the input columns, `[t, e]` float32."""
     D = x_TD.shape[1]
     steps = pl.cdiv(pl.cdiv(D, cut.block_k), cut.splits)
 
@@ -347,5 +360,4 @@ def _product(
         w_de = plgpu.load(w_DE.at[at_d[:, None], at_e[None, :]], mask=w_mask_de, other=0)
         return y_te + dot(x_td, w_de, contract=(1, 0))
 
-    zeros_te = jnp.zeros((row_t.shape[0], at_e.shape[0]), jnp.float32)
-    return jax.lax.fori_loop(0, steps, step, zeros_te)
+    return jax.lax.fori_loop(0, steps, step, first_te)

@@ -112,16 +112,16 @@ def test_the_linear_of_a_decode(compiled, width, widths, rows):
     how = dict(width=width, columns=E, parts=len(widths), itemsize=2)
     cut = tiles_linear.linear_tile(rows=rows, **how)
 
-    def multiply(x_TD, w_DE, pools, adapter_T, arrived, spare):
+    def multiply(x_TD, w_DE, bias_E, pools, adapter_T, arrived, spare):
         row_tiles = op.RowTiles.of(adapter_T, block_rows=16)
+        base, layer = (x_TD, w_DE, bias_E), np.int32(1)
         how = dict(columns=columns_of(widths), cut=cut)
-        layer = np.int32(1)
-        return triton_linear.lora_linear(x_TD, w_DE, pools, row_tiles, layer, arrived, spare, **how)
+        return triton_linear.lora_linear(*base, pools, row_tiles, layer, arrived, spare, **how)
 
     x_TD, pools, adapter_T = shapes_of(width, widths, rows)
-    w_DE = jax.ShapeDtypeStruct((width, E), x_TD.dtype)
+    base = [jax.ShapeDtypeStruct(shape, x_TD.dtype) for shape in ((width, E), (E,))]
     counter = jax.ShapeDtypeStruct((1,), jnp.int32)
-    text = compiled(multiply, x_TD, w_DE, pools, adapter_T, counter, counter).as_text()
+    text = compiled(multiply, x_TD, *base, pools, adapter_T, counter, counter).as_text()
     assert "lora_linear" in text
 
 

@@ -38,15 +38,19 @@ def make_parts(pages_of, dtype) -> list[op.Part]:
     ]
 
 
-def check(adapters, pages_of, *, merged=-1, dtype=jnp.float32, cut=CUT, pool_dtype=None):
+def check(
+    adapters, pages_of, *, merged=-1, dtype=jnp.float32, cut=CUT, pool_dtype=None, with_bias=False
+):
     """Multiplies and compares; returns the result."""
     parts = make_parts(pages_of, pool_dtype or dtype)
-    keys = jax.random.split(jax.random.key(len(adapters)), 2)
+    keys = jax.random.split(jax.random.key(len(adapters)), 3)
     x_TD = jax.random.normal(keys[0], (len(adapters), WIDTH), dtype)
     w_DE = jax.random.normal(keys[1], (WIDTH, COLUMNS), dtype) / dtype(WIDTH**0.5)
+    bias_E = jax.random.normal(keys[2], (COLUMNS,), dtype) if with_bias else None
     got_TE, arrived, _ = triton_linear.lora_linear(
         x_TD,
         w_DE,
+        bias_E,
         tuple(part.pool for part in parts),
         op.RowTiles.of(jnp.asarray(adapters, jnp.int32), merged=merged, block_rows=16),
         np.int32(LAYER),
@@ -57,6 +61,7 @@ def check(adapters, pages_of, *, merged=-1, dtype=jnp.float32, cut=CUT, pool_dty
     )
     assert arrived.tolist() == [0]
     base_TE = np.asarray(x_TD, np.float64) @ np.asarray(w_DE, np.float64)
+    base_TE += 0 if bias_E is None else np.asarray(bias_E, np.float64)
     want_TE = reference.lora_matmul(
         base_TE, x_TD, parts, adapter_T=adapters, merged=merged, layer=LAYER
     )
@@ -102,6 +107,11 @@ class TestValues:
     def test_any_cut_gives_the_same(self, cut):
         cut = dataclasses.replace(CUT, **cut)
         check([0, 0, 1, -1, 2, 2, 2], {0: [5], 1: [1, 7, 6, 3], 2: [4, 2]}, cut=cut)
+
+    @pytest.mark.parametrize("splits", [1, 2])
+    def test_a_bias_is_added_once(self, splits):
+        cut = dataclasses.replace(CUT, splits=splits)
+        check([1, -1, 0], {0: [5], 1: [3]}, cut=cut, with_bias=True)
 
     def test_the_computed_cut(self):
         cut = tiles_linear.linear_tile(rows=3, width=WIDTH, columns=COLUMNS, parts=2, itemsize=4)
@@ -171,6 +181,7 @@ def test_linears_that_share_an_input_are_one_launch(width, widths, rows, dtype):
         return triton_linear.lora_linear(
             x_TD,
             w_DE,
+            None,
             pools,
             op.RowTiles.of(adapter_T, block_rows=block_rows(rows)),
             np.int32(0),

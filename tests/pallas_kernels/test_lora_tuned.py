@@ -101,7 +101,7 @@ def linear_tile_of_call(monkeypatch, *, rows: int, dtype=jnp.bfloat16):
     """The tile with which `lora_linear` calls its kernel, for 4096 -> 4096."""
     given = []
 
-    def kernel(x_TD, w_DE, pools, row_tiles, layer, *counters, cut, **keywords):
+    def kernel(x_TD, w_DE, bias_E, pools, row_tiles, layer, *counters, cut, **keywords):
         given.append(cut)
         return x_TD, *counters
 

@@ -178,16 +178,16 @@ def _run_linear(x_TD, weights, pools, row_tiles, *, tile, columns: tuple[int, ..
 
 
 def after(x_TD: jax.Array, y_TE: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both as they are, x only once y is there; `x_TD[0, 0]` is 1 and written again in place.
+    """Both as they are, x written anew once y is there, as a model writes it just before a call.
 
-    Else XLA starts what is small in a call, such as `x @ A`, beside the products before it.
+    Else XLA starts what is small in a call, such as `x @ A`, beside the products before it; and x
+    would have left the cache, where a step of many rows finds part of it.
     """
-    # Without barriers the write, and one number of y, could become part of any kernel.
+    # Without barriers x, and one number of y, could become part of any kernel.
     y_TE = jax.lax.optimization_barrier(y_TE)
     # XLA cannot know that y is never NaN.
-    one_11 = jnp.where(jnp.isnan(y_TE[:1, :1]), y_TE[:1, :1], 1)
-    x_TD = jax.lax.dynamic_update_slice(x_TD, one_11, (0, 0))
-    return jax.lax.optimization_barrier(x_TD), y_TE
+    one_11 = jnp.where(jnp.isnan(y_TE[:1, :1]), y_TE[:1, :1], 1).astype(x_TD.dtype)
+    return jax.lax.optimization_barrier(x_TD * one_11), y_TE
 
 
 RUNS: Mapping[str, Callable] = {LORA: _run_lora, LINEAR: _run_linear}
@@ -249,7 +249,7 @@ def _checked_rows(task: Task) -> np.ndarray:
 def _operands(task: Task) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[LoraPool, ...]]:
     """Input, base weights where the operator multiplies them, and pools."""
     width = task.linear.width
-    x_TD = _normal(jax.random.key(2), task.tokens, width, scale=1.0).at[0, 0].set(1)  # see `after`
+    x_TD = _normal(jax.random.key(2), task.tokens, width, scale=1.0)
     keys = jax.random.split(jax.random.key(1), WEIGHTS if task.op == LINEAR else 0)
     weights = tuple(_normal(key, width, task.columns, scale=width**-0.5) for key in keys)
     return x_TD, weights, _pools(task.linear)

@@ -68,11 +68,10 @@ def lora_groups(
     name: str,
     model: str,
     pools: Pools | None = None,
-    alone: bool = False,
 ) -> Iterator[Iterable[Program]]:
-    """One group a number of tokens; `alone` leaves the base product out."""
+    """One group a number of tokens."""
     pools, by_tokens = pools or Pools(linear), {}
-    weights = None if alone else functools.cache(functools.partial(lora_cases.weights, linear))
+    weights = functools.cache(functools.partial(lora_cases.weights, linear))
     for point in points:
         by_tokens.setdefault(point.tokens, []).append(point)
     for tokens, own in by_tokens.items():
@@ -87,7 +86,6 @@ def groups(options: Options) -> Iterator[Iterable[Program]]:
     yield merge_cases.programs("llava-1.5-7b")
     square = MODELS["llava-1.5-7b"].linears["o"]
     of_square = functools.partial(lora_groups, square, model="llava-1.5-7b", pools=Pools(square))
-    yield from of_square(GOALS, name="pair/4096-4096", alone=True)
     for points in (GOALS, sweep(quick=options.quick)):
         yield from of_square(points, name="lora/4096-4096")
     if options.quick:

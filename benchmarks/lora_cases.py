@@ -3,8 +3,8 @@
 T rows, D input width, E output width; the other letters are those of `lora_inputs`.
 
 A run calls the operator on one layer after the other, with weights, inputs and adapters of its own,
-several times what a cache holds. Without weights it is the update alone. As in a model, no call
-begins before the one before it has ended.
+several times what a cache holds. As in a model, no call begins before the one before it has ended
+and its own input has been written.
 """
 
 import functools
@@ -32,6 +32,7 @@ from pallas_kernels.lora_matmul import (
 )
 from pallas_kernels.lora_matmul.measure import after, distance
 from pallas_kernels.lora_matmul.tiles import ExpandTile, LoraTile, ShrinkTile, block_rows
+from pallas_kernels.lora_matmul.tiles_linear import MAX_ROWS
 from pallas_kernels.tuning.shapes import LinearShape
 
 # XLA may not make one kernel of what several calls do without their inputs, such as to gather
@@ -50,19 +51,16 @@ FIXED_TILE = LoraTile(
 
 
 class Batches:
-    """Inputs of a number of rows and weights, for each layer; no weights for updates alone."""
+    """Inputs of a number of rows and weights, for each layer."""
 
-    def __init__(
-        self, shape: LinearShape, tokens: int, *, weights: Callable[[], list[jax.Array]] | None
-    ):
+    def __init__(self, shape: LinearShape, tokens: int, *, weights: Callable[[], list[jax.Array]]):
         self._shape, self._weights = shape, weights
         self.bare = Point(tokens=tokens, ranks=())
-        self.alone = weights is None
 
     @property
-    def weights(self) -> list[jax.Array] | None:
+    def weights(self) -> list[jax.Array]:
         """`[D, E]` each."""
-        return self._weights()[: self.bare.layers] if self._weights else None
+        return self._weights()[: self.bare.layers]
 
     def carry(self) -> tuple[list[jax.Array], list[jax.Array]]:
         """Results of all calls to write to, `[T, E]` each, and inputs of all layers, `[T, D]`."""
@@ -71,7 +69,7 @@ class Batches:
         keys = jax.random.split(jax.random.key(1), self.bare.layers)
         ys_TE = [jnp.zeros(shape_TE, jnp.bfloat16) for _ in range(self.bare.calls)]
         xs_TD = [jax.random.normal(key, shape_TD, jnp.bfloat16) for key in keys]
-        return ys_TE, [x_TD.at[0, 0].set(1) for x_TD in xs_TD]  # see `after`
+        return ys_TE, xs_TD
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -91,9 +89,8 @@ def programs(
     """Every implementation at every point; all points have as many tokens as `batches`."""
     product = f"{name}/t{batches.bare.tokens}/product"
     program = functools.partial(_program, pools, batches, model=model)
-    if not batches.alone:
-        bare = dict(name=product, impl="product", call=_product, adapters=lambda: None)
-        yield program(batches.bare, **bare)
+    bare = dict(name=product, impl="product", call=_product, adapters=lambda: None)
+    yield program(batches.bare, **bare)
     for point in points:
         parts = functools.cache(functools.partial(pools.parts, point))
         for impl, call, adapters in _implementations(pools, parts, point):
@@ -124,15 +121,14 @@ def _program(
     """One that brings `adapters()` to every `call`."""
     shape, ranks = pools.shape, sorted(set(point.ranks))
     how = dict(tokens=point.tokens, ranks=point.ranks, width=shape.width, columns=shape.columns)
-    work = floors.lora(**how)
-    if not batches.alone:
-        work += floors.linear(tokens=point.tokens, weights=shape.width * sum(shape.columns))
-    ours = impl in ("triton", "fixed-tile")
+    weights = shape.width * sum(shape.columns)
+    work = floors.lora(**how) + floors.linear(tokens=point.tokens, weights=weights)
+    ours = impl in ("triton", "two-launches", "fixed-tile")
     return Program(
         name=name,
         fields=dict(
             model=model,
-            op="pair" if batches.alone else "lora",
+            op="lora",
             shape=name.rsplit("/", 2 if impl == "product" else 4)[0],
             batch=point.tokens,
             adapters=len(point.ranks),
@@ -149,7 +145,7 @@ def _program(
         error=functools.partial(_error, point, parts, batches),
         # As the engine compiles its steps; rivals and the product are XLA's own affair.
         compiler_options=_EACH_CALL_ALONE | (compiler_options(point.tokens) if ours else {}),
-        baseline=None if batches.alone else baseline,
+        baseline=baseline,
     )
 
 
@@ -165,13 +161,12 @@ def _implementations(
     def stacked() -> tuple[list[Adapters], jax.Array]:
         return lora_inputs.adapters(parts()[0].pool, point), slots(point)
 
-    columns = (0, *itertools.accumulate(pools.shape.columns))[:-1]
-    for impl, tile, height in (
-        ("triton", None, block_rows(point.tokens)),
-        ("fixed-tile", FIXED_TILE, 64),
-    ):
-        call = functools.partial(_ours, tile=tile, columns=columns)
-        yield impl, call, functools.partial(ours, height)
+    columns, height = (0, *itertools.accumulate(pools.shape.columns))[:-1], block_rows(point.tokens)
+    yield "triton", functools.partial(_ours, columns=columns), functools.partial(ours, height)
+    pair = functools.partial(_pair, columns=columns)
+    if point.tokens <= MAX_ROWS:
+        yield "two-launches", pair, functools.partial(ours, height)
+    yield "fixed-tile", functools.partial(pair, tile=FIXED_TILE), functools.partial(ours, 64)
     if len(columns) > 1:  # a rival takes a launch a linear: the kernel's own figures say enough
         return
     for impl, rival in RIVALS.items():
@@ -187,8 +182,7 @@ def _run(carry, ws_DE, adapters, *, call: Callable[..., jax.Array]):
         layer = n % len(xs_TD)
         if returned:
             xs_TD[layer], returned[-1] = after(xs_TD[layer], returned[-1])
-        w_DE = None if ws_DE is None else ws_DE[layer]
-        returned.append(call(layer, xs_TD[layer], w_DE, adapters, counters))
+        returned.append(call(layer, xs_TD[layer], ws_DE[layer], adapters, counters))
     return (returned, xs_TD), None
 
 
@@ -197,23 +191,31 @@ def _product(layer: int, x_TD, w_DE, adapters, counters) -> jax.Array:
     return base_product(x_TD, w_DE, None)
 
 
-def _ours(layer: int, x_TD, w_DE, adapters, counters, *, tile, columns) -> jax.Array:
+def _ours(layer: int, x_TD, w_DE, adapters, counters, *, columns) -> jax.Array:
+    """As the engine calls it: in one launch for few rows."""
+    parts, tiles = _parts(adapters, columns)
+    how = dict(tiles=tiles, layer=layer, implementation="triton")
+    return lora_linear(x_TD, w_DE, parts, counters=counters, **how)
+
+
+def _pair(layer: int, x_TD, w_DE, adapters, counters, *, columns, tile=None) -> jax.Array:
+    """Shrink and expand, then the product, which adds what they made."""
+    del counters
+    parts, tiles = _parts(adapters, columns)
+    how = dict(tiles=tiles, layer=layer, implementation="triton", tile=tile)
+    return lora_matmul(base_product(x_TD, w_DE, None), x_TD, parts, **how)
+
+
+def _parts(adapters, columns) -> tuple[list[Part], RowTiles]:
     pools, tiles = adapters
     parts = [Part(pool=pool, column=column) for pool, column in zip(pools, columns, strict=True)]
-    how = dict(tiles=tiles, layer=layer, implementation="triton")
-    if w_DE is not None and tile is None:
-        return lora_linear(x_TD, w_DE, parts, counters=counters, **how)
-    if w_DE is None:  # XLA adds nothing to zeros
-        stop = columns[-1] + pools[-1].b_RE.shape[1]
-        return lora_matmul(jnp.zeros((len(x_TD), stop), x_TD.dtype), x_TD, parts, tile=tile, **how)
-    return lora_matmul(base_product(x_TD, w_DE, None), x_TD, parts, tile=tile, **how)
+    return parts, tiles
 
 
 def _rival(layer: int, x_TD, w_DE, adapters, counters, *, rival) -> jax.Array:
     del counters
     stacked, nth_T = adapters
-    update_TE = rival(x_TD, stacked[layer], nth_T)
-    return update_TE if w_DE is None else base_product(x_TD, w_DE, None) + update_TE
+    return base_product(x_TD, w_DE, None) + rival(x_TD, stacked[layer], nth_T)
 
 
 def _error(point: Point, parts: Callable[[], Sequence[Part]], batches: Batches, returned) -> float:
@@ -221,9 +223,7 @@ def _error(point: Point, parts: Callable[[], Sequence[Part]], batches: Batches, 
     (got_TE, *_), (x_TD, *_) = returned[0]
     row_N = point.checked_rows()
     x_ND = x_TD[row_N].astype(jnp.float32)
-    want_NE = jnp.zeros((len(row_N), got_TE.shape[1]))
-    if (w_DE := batches.weights) is not None:
-        want_NE = jnp.dot(x_ND, w_DE[0].astype(jnp.float32), precision="highest")
+    want_NE = jnp.dot(x_ND, batches.weights[0].astype(jnp.float32), precision="highest")
     for part in parts():
         update_NE = lora_inputs.update(part.pool, x_ND, slots(point)[row_N], np.int32(0))
         stop = part.column + update_NE.shape[1]

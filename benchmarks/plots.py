@@ -21,6 +21,7 @@ Record = Mapping[str, Any]
 SQUARE = "lora/4096-4096"
 STYLES = {  # implementation: (label, colour, marker)
     "triton": ("valora_jax", "#0b6e4f", "o"),
+    "two-launches": ("valora_jax, two launches", "#66a61e", "o"),
     "fixed-tile": ("fixed tile 64x64x32", "#d95f02", "s"),
     "masked-dense": ("masked-dense", "#7570b3", "^"),
     "loop": ("per-adapter loop", "#e7298a", "v"),
@@ -87,7 +88,7 @@ def roofline(records: Sequence[Record]) -> Figure | None:
         return None
     figure, panels = _panels(1, 1, width=7, height=5)
     panel = panels[0, 0]
-    colors = {"lora": "#0b6e4f", "pair": "#a6761d", "attention": "#7570b3", "merge": "#d95f02"}
+    colors = {"lora": "#0b6e4f", "attention": "#7570b3", "merge": "#d95f02"}
     for op, own in series(ours, x="flops", of="op").items():
         panel.scatter(
             [r["flops"] / r["bytes"] for r in own],

@@ -123,7 +123,7 @@ def _program(
     how = dict(tokens=point.tokens, ranks=point.ranks, width=shape.width, columns=shape.columns)
     weights = shape.width * sum(shape.columns)
     work = floors.lora(**how) + floors.linear(tokens=point.tokens, weights=weights)
-    ours = impl in ("triton", "two-launches", "fixed-tile")
+    ours = impl not in ("product", *RIVALS)
     return Program(
         name=name,
         fields=dict(
@@ -163,10 +163,11 @@ def _implementations(
 
     columns, height = (0, *itertools.accumulate(pools.shape.columns))[:-1], block_rows(point.tokens)
     yield "triton", functools.partial(_ours, columns=columns), functools.partial(ours, height)
-    pair = functools.partial(_pair, columns=columns)
+    two_launches = functools.partial(_two_launches, columns=columns)
     if point.tokens <= MAX_ROWS:
-        yield "two-launches", pair, functools.partial(ours, height)
-    yield "fixed-tile", functools.partial(pair, tile=FIXED_TILE), functools.partial(ours, 64)
+        yield "two-launches", two_launches, functools.partial(ours, height)
+    fixed = functools.partial(two_launches, tile=FIXED_TILE)
+    yield "fixed-tile", fixed, functools.partial(ours, FIXED_TILE.block_rows)
     if len(columns) > 1:  # a rival takes a launch a linear: the kernel's own figures say enough
         return
     for impl, rival in RIVALS.items():
@@ -198,7 +199,7 @@ def _ours(layer: int, x_TD, w_DE, adapters, counters, *, columns) -> jax.Array:
     return lora_linear(x_TD, w_DE, parts, counters=counters, **how)
 
 
-def _pair(layer: int, x_TD, w_DE, adapters, counters, *, columns, tile=None) -> jax.Array:
+def _two_launches(layer: int, x_TD, w_DE, adapters, counters, *, columns, tile=None) -> jax.Array:
     """Shrink and expand, then the product, which adds what they made."""
     del counters
     parts, tiles = _parts(adapters, columns)

@@ -178,7 +178,7 @@ def _run_linear(x_TD, weights, pools, row_tiles, *, tile, columns: tuple[int, ..
 
 
 def after(x_TD: jax.Array, y_TE: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both as they are, x written anew once y is there, as a model writes it just before a call.
+    """Both as they are, in one dtype; x written anew once y is there, as before a model's calls.
 
     Else XLA starts what is small in a call, such as `x @ A`, beside the products before it; and x
     would have left the cache, where a step of many rows finds part of it.
@@ -186,7 +186,7 @@ def after(x_TD: jax.Array, y_TE: jax.Array) -> tuple[jax.Array, jax.Array]:
     # Without barriers x, and one number of y, could become part of any kernel.
     y_TE = jax.lax.optimization_barrier(y_TE)
     # XLA cannot know that y is never NaN.
-    one_11 = jnp.where(jnp.isnan(y_TE[:1, :1]), y_TE[:1, :1], 1).astype(x_TD.dtype)
+    one_11 = jnp.where(jnp.isnan(y_TE[:1, :1]), y_TE[:1, :1], 1)
     return jax.lax.optimization_barrier(x_TD * one_11), y_TE
 
 

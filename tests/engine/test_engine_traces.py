@@ -1,6 +1,7 @@
 """After its start an engine compiles nothing, whatever it is asked."""
 
 import contextlib
+import gc
 import itertools
 
 import jax
@@ -69,15 +70,17 @@ def use_everything(engine: Engine) -> None:
     engine.load_adapter(NAMES[5], ADAPTERS / NAMES[5])
     engine.unload_adapter("sum")
     stream.close()
-    engine.close()
 
 
-def test_nothing_is_traced_after_the_start(fresh):
+def test_nothing_is_traced_after_the_start_and_what_it_made_is_not_searched_for_garbage(fresh):
     traces = fresh.parts.runner.traces
     assert traces > 0
+    assert gc.get_freeze_count() > len(gc.get_objects())
     with no_tracing():
         use_everything(fresh)
     assert fresh.parts.runner.traces == traces
+    fresh.close()
+    assert gc.get_freeze_count() == 0
 
 
 def test_without_a_warm_up_a_shape_is_traced_when_it_is_first_met():

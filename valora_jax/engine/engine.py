@@ -4,6 +4,7 @@ Whoever waits for an answer drives the engine: there is no thread of its own. Ca
 threads share the steps, one at a time.
 """
 
+import gc
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -74,6 +75,7 @@ class Engine:
                 self._core.step()
             if self._core.adapters:
                 self._core.adapters.close()
+        gc.unfreeze()  # what warming up set aside
 
     def generate(
         self,

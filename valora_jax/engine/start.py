@@ -1,6 +1,7 @@
 """Brings an engine up: reads the checkpoint, plans the memory, compiles the steps."""
 
 import dataclasses
+import gc
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -274,6 +275,10 @@ def _warm_up(
         adapters.warm_up()
     if modes:
         modes.warm_up()
+    # What is there now lasts. Looking for garbage in it would stall every answer, for 0.3 s with
+    # half a million objects of a model of two layers.
+    gc.collect()
+    gc.freeze()
     seconds = time.monotonic() - begin_s
     tiles = "measured on this device" if tuned else "computed, see docs/tuning.md"
     console.print(

@@ -50,17 +50,9 @@ def attend(
     tiles: AttentionTiles | None,
 ) -> tuple[jax.Array, KVPages]:
     """See `api.attend`, which has checked the shapes; `layer_page` is a scalar."""
-    (T, E), (_, K, p, H), (D, W) = qkv_TE.shape, kv.k_PKpH.shape, decodes.page_DW.shape
+    (T, E), (_, K, p, H), D = qkv_TE.shape, kv.k_PKpH.shape, decodes.kv_len_D.shape[0]
     heads = Heads(query=E // H - 2 * K, kv=K, width=H, page_tokens=p)
-    if tiles is None:
-        tiles = attention_tiles(
-            tokens=T,
-            decodes=D,
-            heads=heads.query,
-            kv_heads=K,
-            request_tokens=W * p,
-            itemsize=max(qkv_TE.dtype.itemsize, kv.k_PKpH.dtype.itemsize),
-        )
+    tiles = tiles or _computed_tiles(qkv_TE, kv, decodes, heads)
     tokens = (qkv_TE.reshape(-1, H), jnp.cos(angle_Th), jnp.sin(angle_Th))
     caches = kv.k_PKpH.reshape(-1, H), kv.v_PKpH.reshape(-1, H)
     layer = {"layer_page": layer_page.reshape(1), "heads": heads}
@@ -79,20 +71,28 @@ def attend(
         **layer,
     )
     if chunks is not None:
-        blocks = triton_chunks.list_blocks(
-            chunks,
-            tokens=T,
-            decodes=decodes.count,
-            block_tokens=triton_chunks.block_tokens(heads, tiles.chunk),
-        )
         out_RH = triton_chunks.attend(
             tokens,
             *caches,
             out_RH=out_RH,
-            blocks=blocks,
-            page_CW=chunks.page_CW,
+            chunks=chunks,
+            decodes=decodes.count,
             tile=tiles.chunk,
             **layer,
         )
     k_PKpH, v_PKpH = (cache.reshape(kv.k_PKpH.shape) for cache in caches)
     return out_RH.reshape(T, heads.query, H), KVPages(k_PKpH=k_PKpH, v_PKpH=v_PKpH)
+
+
+def _computed_tiles(
+    qkv_TE: jax.Array, kv: KVPages, decodes: Decodes, heads: Heads
+) -> AttentionTiles:
+    D, W = decodes.page_DW.shape
+    return attention_tiles(
+        tokens=qkv_TE.shape[0],
+        decodes=D,
+        heads=heads.query,
+        kv_heads=heads.kv,
+        request_tokens=W * heads.page_tokens,
+        itemsize=max(qkv_TE.dtype.itemsize, kv.k_PKpH.dtype.itemsize),
+    )

@@ -30,7 +30,7 @@ from pallas_kernels.paged_attention.triton_rows import (
 WRITE_TOKENS = 32  # a program's tokens in the write: 8 KB at 128 bfloat16
 
 
-class Blocks(NamedTuple):
+class _Blocks(NamedTuple):
     """Which tokens each program attends, all `[B]` int32.
 
     Attributes:
@@ -45,36 +45,6 @@ class Blocks(NamedTuple):
     tokens_B: jax.Array
     position_B: jax.Array
     chunk_B: jax.Array
-
-
-def list_blocks(chunks: Chunks, *, tokens: int, decodes: jax.Array, block_tokens: int) -> Blocks:
-    """Cuts the chunks, and the padding behind them, into blocks of at most `block_tokens`."""
-    C = chunks.len_C.shape[0]
-    len_C = jnp.where(jnp.arange(C) < chunks.count, chunks.len_C, 0)
-    padding = decodes + len_C.sum()  # chunks follow the decodes and each other without gaps
-    first_C = jnp.append(chunks.start_C, padding)
-    len_C = jnp.append(len_C, tokens - padding)
-    position_C = jnp.append(chunks.kv_len_C, 0) - len_C
-    blocks_C = -(-len_C // block_tokens)
-    end_C = jnp.cumsum(blocks_C)
-    block_B = jnp.arange(-(-tokens // block_tokens) + C)
-    chunk_B = jnp.sum(block_B[:, None] >= end_C, axis=1)
-    used_B, chunk_B = chunk_B <= C, jnp.minimum(chunk_B, C)
-    offset_B = (block_B - (end_C - blocks_C)[chunk_B]) * block_tokens
-    left_B = jnp.clip(len_C[chunk_B] - offset_B, 0, block_tokens)
-    is_padding_B = chunk_B == C
-    tokens_B = jnp.where(used_B, left_B, 0)
-    return Blocks(
-        first_B=first_C[chunk_B] + offset_B,
-        tokens_B=tokens_B,
-        position_B=jnp.where(is_padding_B, -tokens_B, position_C[chunk_B] + offset_B),
-        chunk_B=chunk_B,
-    )
-
-
-def block_tokens(heads: Heads, tile: ChunkTile) -> int:
-    """Tokens of a block: as many as their query heads fit its rows."""
-    return tile.rows // heads.group
 
 
 def write_kv(
@@ -108,14 +78,23 @@ def attend(
     v_RH: jax.Array,
     *,
     out_RH: jax.Array,
-    blocks: Blocks,
-    page_CW: jax.Array,
+    chunks: Chunks,
+    decodes: jax.Array,
     layer_page: jax.Array,
     heads: Heads,
     tile: ChunkTile,
 ) -> jax.Array:
-    """Fills the rows of chunks and padding of `out_RH`, `[T * N, H]`, in place."""
-    inputs = (layer_page, page_CW, *blocks, *tokens, k_RH, v_RH, out_RH)
+    """Fills the rows of chunks and padding of `out_RH`, `[T * N, H]`, in place.
+
+    `decodes` is the number of tokens before the first chunk, a scalar.
+    """
+    blocks = _list_blocks(
+        chunks,
+        tokens=out_RH.shape[0] // heads.query,
+        decodes=decodes,
+        block_tokens=tile.rows // heads.group,  # as many as their query heads fit a block's rows
+    )
+    inputs = (layer_page, chunks.page_CW, *blocks, *tokens, k_RH, v_RH, out_RH)
     return pl.pallas_call(
         functools.partial(_attend, heads=heads, tile=tile),
         grid=(heads.kv, blocks.first_B.shape[0]),
@@ -126,6 +105,31 @@ def attend(
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         name="paged_prefill",
     )(*inputs)
+
+
+def _list_blocks(chunks: Chunks, *, tokens: int, decodes: jax.Array, block_tokens: int) -> _Blocks:
+    """Cuts the chunks, and the padding behind them, into blocks of at most `block_tokens`."""
+    C = chunks.len_C.shape[0]
+    len_C = jnp.where(jnp.arange(C) < chunks.count, chunks.len_C, 0)
+    padding = decodes + len_C.sum()  # chunks follow the decodes and each other without gaps
+    first_C = jnp.append(chunks.start_C, padding)
+    len_C = jnp.append(len_C, tokens - padding)
+    position_C = jnp.append(chunks.kv_len_C, 0) - len_C
+    blocks_C = -(-len_C // block_tokens)
+    end_C = jnp.cumsum(blocks_C)
+    block_B = jnp.arange(-(-tokens // block_tokens) + C)
+    chunk_B = jnp.sum(block_B[:, None] >= end_C, axis=1)
+    used_B, chunk_B = chunk_B <= C, jnp.minimum(chunk_B, C)
+    offset_B = (block_B - (end_C - blocks_C)[chunk_B]) * block_tokens
+    left_B = jnp.clip(len_C[chunk_B] - offset_B, 0, block_tokens)
+    is_padding_B = chunk_B == C
+    tokens_B = jnp.where(used_B, left_B, 0)
+    return _Blocks(
+        first_B=first_C[chunk_B] + offset_B,
+        tokens_B=tokens_B,
+        position_B=jnp.where(is_padding_B, -tokens_B, position_C[chunk_B] + offset_B),
+        chunk_B=chunk_B,
+    )
 
 
 def _write(

@@ -9,6 +9,7 @@ in `triton_rows`.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,19 +111,11 @@ def _body(
     group = jnp.arange(max(MIN_ROWS, pl.next_power_of_2(heads.group)))
     out_row_R = (split * pl.num_programs(1) + d) * heads.query + head * heads.group + group
     in_group_R = group < heads.group
-
-    def store(softmax: Softmax):
-        i_RH = jax.lax.broadcasted_iota(jnp.int32, softmax.out_RH.shape, 1)
-        mask_RH = jnp.broadcast_to(in_group_R[:, None], i_RH.shape)
-        value_RH = softmax.out_RH if stats else softmax.result()
-        out_ref = out_RH.at[out_row_R[:, None], i_RH]
-        plgpu.store(out_ref, value_RH.astype(out_RH.dtype), mask=mask_RH)
-        for ref, value_R in zip(stats, (softmax.top_R, softmax.total_R), strict=False):
-            plgpu.store(ref.at[out_row_R], value_R, mask=in_group_R)
+    output = _Output(out_RH, stats, out_row_R, in_group_R)
 
     @pl.when(kv_len == 0)
     def _():
-        store(Softmax.empty(len(group), heads.width))
+        output.store(Softmax.empty(len(group), heads.width))
 
     @pl.when(kv_len > 0)
     def _():
@@ -144,7 +137,29 @@ def _body(
         in_group_RH = jnp.broadcast_to(in_group_R[:, None], (len(group), heads.width))
         q_RH = tokens.rotated(q_row_R1, jnp.full_like(q_row_R1, d), in_group_RH)
         softmax = _opened(q_RH, k_H, v_H, split == 0, heads)
-        store(_attend_split(softmax, q_RH, pages, kv_len - 1, split, tile))
+        output.store(_attend_split(softmax, q_RH, pages, kv_len - 1, split, tile))
+
+
+class _Output(NamedTuple):
+    """Where a program's softmax goes: its result or, of one split of several, what `_merge` needs.
+
+    `stats` are references for tops and totals, none where nothing is split; `row_R` the rows of the
+    query heads, and `in_group_R` which of them are no padding.
+    """
+
+    out_RH: Any
+    stats: tuple[Any, ...]
+    row_R: jax.Array
+    in_group_R: jax.Array
+
+    def store(self, softmax: Softmax) -> None:
+        i_RH = jax.lax.broadcasted_iota(jnp.int32, softmax.out_RH.shape, 1)
+        mask_RH = jnp.broadcast_to(self.in_group_R[:, None], i_RH.shape)
+        value_RH = softmax.out_RH if self.stats else softmax.result()
+        out_ref = self.out_RH.at[self.row_R[:, None], i_RH]
+        plgpu.store(out_ref, value_RH.astype(self.out_RH.dtype), mask=mask_RH)
+        for ref, value_R in zip(self.stats, (softmax.top_R, softmax.total_R), strict=False):
+            plgpu.store(ref.at[self.row_R], value_R, mask=self.in_group_R)
 
 
 def _opened(q_RH, k_H, v_H, owner, heads: Heads) -> Softmax:

@@ -93,10 +93,7 @@ def assemble(
     memory = _plan_memory(model, spec, config, precision, copy_bytes=weights.copy_bytes)
     memory.print(console)
     adapters = _adapters(model, spec, config, precision) if config.max_adapters else None
-    images = ImageCache(
-        slots=config.image_slots,
-        changes_vision=adapters.changes_vision if adapters else lambda ref: False,
-    )
+    images = _images(config, adapters)
     runner = Runner(
         weights,
         spec,
@@ -107,11 +104,9 @@ def assemble(
         sources=_sources(spec, config, tokenizer, images, adapters),
         adapters=adapters,
     )
-    modes = None
-    if adapters is not None:
-        if memory.copy_bytes:
-            weights.take_copy(runner.shapes.kernel)
-        modes = _modes(config, max_tokens_per_step, runner, adapters, weights)
+    if memory.copy_bytes:
+        weights.take_copy(runner.shapes.kernel)
+    modes = _modes(config, max_tokens_per_step, runner, adapters, weights) if adapters else None
     if config.warm_up:
         _warm_up(runner, adapters, modes, console, tuned=tuned)
     core = EngineCore(
@@ -139,6 +134,13 @@ def _adapters(
         dtype=precision.weights,
         linear_of=base.linear,
         head_VD=base.head,
+    )
+
+
+def _images(config: EngineConfig, adapters: EngineAdapters | None) -> ImageCache:
+    return ImageCache(
+        slots=config.image_slots,
+        changes_vision=adapters.changes_vision if adapters else lambda ref: False,
     )
 
 

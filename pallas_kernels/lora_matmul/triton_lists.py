@@ -48,6 +48,17 @@ class ListArrays(NamedTuple):
     page_MQ: Any
     blocks_N: Any
 
+    @classmethod
+    def shapes(cls, *, P: int, M: int, K: int, block_pages: int) -> "ListArrays":
+        """Of P parts, M row tiles, and lists of at most K blocks."""
+        int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+        return cls(
+            list_T=int32((M,)),  # there are as many row tiles as rows
+            list_MF=int32((P * M, LIST_FIELDS + K + 1)),
+            page_MQ=int32((P * K * M, block_pages)),
+            blocks_N=int32((P * K + 1,)),
+        )
+
 
 class RankLists(NamedTuple):
     """What the kernel takes.
@@ -86,38 +97,31 @@ def rank_lists(
     M, P, block_pages = tiles.first_M.shape[0], len(pools), block_ranks // PAGE_RANKS
     K = list_pages // block_pages
 
-    def body(*refs):
-        tile_refs, page_refs, pages_refs, table_refs, lists = refs[:6], *refs[6:]
+    def body(tile_refs, page_refs, pages_refs, table_refs, lists):
         for part in range(P):
             layout = _Layout(
                 part=part,
                 most_pages=most_pages,
                 list_pages=list_pages,
                 block_pages=block_pages,
-                tile_refs=tile_refs,
+                tiles=tile_refs,
                 page_SW=page_refs[part],
                 pages_S=pages_refs[part],
             )
             write = functools.partial(layout.write, table_refs[part], lists)
             pl.when(pl.program_id(0) == part)(write)
 
-    int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     tables, arrays = pl.pallas_call(
         body,
         out_shape=(
-            (int32((M + 1, width)),) * P,
-            ListArrays(
-                list_T=int32((M,)),  # there are as many row tiles as rows
-                list_MF=int32((P * M, LIST_FIELDS + K + 1)),
-                page_MQ=int32((P * K * M, block_pages)),
-                blocks_N=int32((P * K + 1,)),
-            ),
+            (jax.ShapeDtypeStruct((M + 1, width), jnp.int32),) * P,
+            ListArrays.shapes(P=P, M=M, K=K, block_pages=block_pages),
         ),
         grid=(P,),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
         name="lora_lists",
     )(
-        *(tiles.first_M, tiles.len_M, tiles.plus_M, tiles.minus_M, tiles.count, tiles.idle),
+        tiles,
         tuple(pool.page_SW for pool in pools),
         tuple(pool.pages_S for pool in pools),
     )
@@ -133,7 +137,7 @@ class _Layout(NamedTuple):
       most_pages: of an adapter.
       list_pages: room of a list.
       block_pages: of a block.
-      tile_refs: the arrays of `RowTiles`, in order.
+      tiles: `RowTiles` of references.
       page_SW, pages_S: the pool's.
     """
 
@@ -141,9 +145,14 @@ class _Layout(NamedTuple):
     most_pages: int
     list_pages: int
     block_pages: int
-    tile_refs: Sequence[Any]
+    tiles: Any
     page_SW: Any
     pages_S: Any
+
+    @property
+    def row_tiles(self) -> int:
+        """M."""
+        return self.tiles.first_M.shape[0]
 
     @property
     def most_blocks(self) -> int:
@@ -151,16 +160,16 @@ class _Layout(NamedTuple):
         return self.list_pages // self.block_pages
 
     def write(self, table_MX, lists: ListArrays) -> None:
-        first_M, len_M, plus_M, minus_M, count, idle = self.tile_refs
-        self._clear(lists.page_MQ, M=first_M.shape[0])
-        m_m = jnp.arange(power_of_two(first_M.shape[0]))
-        is_tile_m, in_use_m = m_m < first_M.shape[0], m_m < count[...]
-        plus_m = plgpu.load(plus_M.at[m_m], mask=is_tile_m, other=-1)
-        minus_m = plgpu.load(minus_M.at[m_m], mask=is_tile_m, other=-1)
-        len_m = plgpu.load(len_M.at[m_m], mask=is_tile_m, other=0)
+        tiles, M = self.tiles, self.row_tiles
+        self._clear(lists.page_MQ)
+        m_m = jnp.arange(power_of_two(M))
+        is_tile_m, in_use_m = m_m < M, m_m < tiles.count[...]
+        plus_m = plgpu.load(tiles.plus_M.at[m_m], mask=is_tile_m, other=-1)
+        minus_m = plgpu.load(tiles.minus_M.at[m_m], mask=is_tile_m, other=-1)
+        len_m = plgpu.load(tiles.len_M.at[m_m], mask=is_tile_m, other=0)
         plus_pages_m = self._pages_of(plus_m, in_use_m)
 
-        above_m = plgpu.load(plus_M.at[m_m - 1], mask=is_tile_m & (m_m > 0), other=-1)
+        above_m = plgpu.load(tiles.plus_M.at[m_m - 1], mask=is_tile_m & (m_m > 0), other=-1)
         begins_m = in_use_m & ((m_m == 0) | (plus_m != above_m))
         begun_mj = begins_m[None, :] & (m_m[None, :] <= m_m[:, None])
         list_m = jnp.max(jnp.where(begun_mj, m_m[None, :], -1), axis=1)
@@ -169,14 +178,14 @@ class _Layout(NamedTuple):
         first_m = self._first_places(own_m, m_m)
         place_mj = jnp.where(list_m[:, None] == m_m[None, :], first_m[None, :], 0)
         of = TileRow(
-            first=plgpu.load(first_M.at[m_m], mask=is_tile_m, other=-1),
-            rows=jnp.where(m_m < count[...] + idle[...], len_m, 0),
+            first=plgpu.load(tiles.first_M.at[m_m], mask=is_tile_m, other=-1),
+            rows=jnp.where(m_m < tiles.count[...] + tiles.idle[...], len_m, 0),
             pages=pages_m,
             plus_pages=plus_pages_m,
             plus=jnp.maximum(plus_m, 0),
             minus=jnp.maximum(minus_m, 0),
-            in_use=jnp.full_like(m_m, count[...]),
-            all_tiles=jnp.full_like(m_m, count[...] + idle[...]),
+            in_use=jnp.full_like(m_m, tiles.count[...]),
+            all_tiles=jnp.full_like(m_m, tiles.count[...] + tiles.idle[...]),
             place=jax.lax.rem(jnp.sum(place_mj, axis=1), self.block_pages),
             page_r=pages_m,  # pages follow the numbers
         )
@@ -239,7 +248,7 @@ class _Layout(NamedTuple):
         plgpu.store(list_T.at[t_t], list_t, mask=t_t < list_T.shape[0])
 
     def _write_lists(self, lists: ListArrays, own_m, first_m, m_m) -> None:
-        M, K, list_MF = self.tile_refs[0].shape[0], self.most_blocks, lists.list_MF
+        M, K, list_MF = self.row_tiles, self.most_blocks, lists.list_MF
         k_k = jnp.arange(power_of_two(K))
         has_mk = self._has(own_m, k_k)
         shared_m = jax.lax.div(first_m, self.block_pages)
@@ -256,8 +265,9 @@ class _Layout(NamedTuple):
         blocks_k = jnp.where(k_k == 0, shared, jnp.sum(has_mk, axis=0))
         plgpu.store(lists.blocks_N.at[self.part * K + k_k], blocks_k, mask=k_k < K)
 
-    def _clear(self, page_MQ, *, M: int) -> None:
+    def _clear(self, page_MQ) -> None:
         """Makes all of the part's places free."""
+        M = self.row_tiles
         m_m, q_q = jnp.arange(power_of_two(M)), jnp.arange(self.block_pages)
         zeros_mq = jnp.zeros((m_m.shape[0], q_q.shape[0]), jnp.int32)
 
@@ -269,7 +279,7 @@ class _Layout(NamedTuple):
         jax.lax.fori_loop(0, self.most_blocks, clear, None)
 
     def _write_pages(self, page_MQ, of: TileRow, own_m, first_m, m_m) -> None:
-        M, K = self.tile_refs[0].shape[0], self.most_blocks
+        M, K = self.row_tiles, self.most_blocks
         q_q = jnp.arange(power_of_two(self.list_pages))
         k_q = jax.lax.div(q_q, self.block_pages)
         # Lists that go on have whole blocks to themselves.

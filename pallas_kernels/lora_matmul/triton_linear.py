@@ -16,6 +16,7 @@ and `triton_lists`. Lower case is one block: t rows (all of them), d input colum
 output columns; u is one split.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -62,7 +63,7 @@ def lora_linear(
       `[T, E]` sums, then zero and any value: `arrived` and `spare` of the next launch. A launch
       sets the other's counter back, as nobody knows when its own is not read any more.
     """
-    T, E, itemsize = x_TD.shape[0], w_DE.shape[1], x_TD.dtype.itemsize
+    T, itemsize = x_TD.shape[0], x_TD.dtype.itemsize
     check_rows(x_TD, tiles, block_rows=cut.tile_rows)
     if faults := refusals(cut, rows=T, itemsize=itemsize):
         raise ValueError(f"{cut} is not legal: " + "; ".join(faults))
@@ -80,107 +81,169 @@ def lora_linear(
         row_programs=min(cut.row_programs, tiles.first_M.shape[0]),
         cut=cut.shrink,
     )
-    segments = column_segments(pools, columns, E)
-    blocks = sum(pl.cdiv(s.stop - s.start, cut.block_columns) for s in segments)
-    operands = (
-        layer,
-        x_TD,
-        w_DE,
-        () if bias_E is None else (bias_E,),
-        lists.tables,
-        *triton_shrink.operands(pools),
-        lists.arrays,
-        tuple(pool.b_RE for pool in pools),
-        arrived,
-        spare,
+    segments = column_segments(pools, columns, w_DE.shape[1])
+    a_of_parts, scales = triton_shrink.operands(pools)
+    operands = _Operands(
+        layer=layer,
+        x_TD=x_TD,
+        w_DE=w_DE,
+        biases=() if bias_E is None else (bias_E,),
+        tables=lists.tables,
+        a_of_parts=a_of_parts,
+        scales=scales,
+        lists=lists.arrays,
+        b_of_parts=tuple(pool.b_RE for pool in pools),
     )
-    first = len(jax.tree.leaves(operands)) - 2
-    y_TE, spare, arrived, *_ = pl.pallas_call(
-        functools.partial(_body, shrink=shrink, segments=segments, blocks=blocks, cut=cut),
-        out_shape=(
-            jax.ShapeDtypeStruct((T, E), x_TD.dtype),
-            *(jax.ShapeDtypeStruct(of.shape, of.dtype) for of in (arrived, spare)),
-            shrink.sums_shape(x_TD),
-            (jax.ShapeDtypeStruct((T, E), jnp.float32),) * (cut.splits - 1),
-        ),
-        grid=(shrink.programs + blocks * cut.splits,),
-        compiler_params=plgpu.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
-        input_output_aliases={first: 1, first + 1: 2},
-        name="lora_linear",
-    )(*operands)
-    return y_TE, arrived, spare
+    return _Linear(shrink=shrink, segments=segments, cut=cut).launch(operands, arrived, spare)
 
 
-def _body(
-    layer,
-    x_TD,
-    w_DE,
-    bias_refs,
-    tables,
-    a_refs,
-    scale_refs,
-    list_refs,
-    b_refs,
-    _,
-    __,
-    y_TE,
-    arrived,
-    spare,
-    h_UC,
-    given_refs,
-    *,
-    shrink: Shrink,
-    segments: Sequence[ColumnSegment],
-    blocks: int,
-    cut: LinearTile,
-):
-    program = pl.program_id(0)
+class _Operands(NamedTuple):
+    """What the launch reads; arrays, or references to them in the kernel.
 
-    @pl.when(program < shrink.programs)
-    def _():
-        shrink.run(shrink.place(program), layer, x_TD, tables, a_refs, scale_refs, h_UC)
-        _arrive(arrived)
+    Attributes:
+      layer: scalar.
+      x_TD, w_DE, biases: of the base product; one bias or none.
+      tables, lists: see `triton_lists.RankLists`.
+      a_of_parts, scales, b_of_parts: of the pool of each part.
+    """
 
-    @pl.when(program == 0)
-    def _():
-        plgpu.store(spare.at[jnp.int32(0)], jnp.int32(0))
+    layer: Any
+    x_TD: Any
+    w_DE: Any
+    biases: tuple[Any, ...]
+    tables: tuple[Any, ...]
+    a_of_parts: tuple[Any, ...]
+    scales: tuple[Any, ...]
+    lists: ListArrays
+    b_of_parts: tuple[Any, ...]
 
-    @pl.when(program >= shrink.programs)
-    def _():
-        split, block = _share(program - shrink.programs, blocks, cut.splits)
-        part, column, stop = _place(segments, block, cut.block_columns)
-        row_t, at_e = (
-            jnp.arange(block_height(x_TD.shape[0])),
-            column + jnp.arange(cut.block_columns),
-        )
-        is_row_t, is_column_e = row_t < x_TD.shape[0], at_e < stop
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Linear:
+    """How the work is shared among programs, and what each of them does.
+
+    Attributes:
+      shrink: the same for the first ones, which make h.
+      segments: all columns, of parts and of none.
+      cut: the rest.
+    """
+
+    shrink: Shrink
+    segments: Sequence[ColumnSegment]
+    cut: LinearTile
+
+    @property
+    def blocks(self) -> int:
+        """Of columns; in each range of the input columns, each has a program."""
+        return sum(_blocks_of(segment, self.cut.block_columns) for segment in self.segments)
+
+    def launch(self, operands: _Operands, arrived, spare) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns what `lora_linear` does."""
+        x_TD = operands.x_TD
+        T, E = x_TD.shape[0], operands.w_DE.shape[1]
+        first = len(jax.tree.leaves(operands))
+        y_TE, spare, arrived, *_ = pl.pallas_call(
+            self._run,
+            out_shape=(
+                jax.ShapeDtypeStruct((T, E), x_TD.dtype),
+                *(jax.ShapeDtypeStruct(of.shape, of.dtype) for of in (arrived, spare)),
+                self.shrink.sums_shape(x_TD),
+                (jax.ShapeDtypeStruct((T, E), jnp.float32),) * (self.cut.splits - 1),
+            ),
+            grid=(self.shrink.programs + self.blocks * self.cut.splits,),
+            compiler_params=plgpu.CompilerParams(
+                num_warps=self.cut.warps, num_stages=self.cut.stages
+            ),
+            input_output_aliases={first: 1, first + 1: 2},
+            name="lora_linear",
+        )(operands, arrived, spare)
+        return y_TE, arrived, spare
+
+    def _run(self, operands: _Operands, _, __, y_TE, arrived, spare, h_UC, given_refs) -> None:
+        """What a program does, given references; the counters come as inputs, too."""
+        program, first = pl.program_id(0), self.shrink.programs
+
+        @pl.when(program < first)
+        def _():
+            place, of = self.shrink.place(program), operands
+            self.shrink.run(place, of.layer, of.x_TD, of.tables, of.a_of_parts, of.scales, h_UC)
+            _arrive(arrived)
+
+        @pl.when(program == 0)
+        def _():
+            plgpu.store(spare.at[jnp.int32(0)], jnp.int32(0))
+
+        @pl.when(program >= first)
+        def _():
+            self._multiply(program - first, operands, y_TE, arrived, h_UC, given_refs)
+
+    def _multiply(self, nth, operands: _Operands, y_TE, arrived, h_UC, given_refs) -> None:
+        """The product for a block of columns; programs of the first range add all the rest."""
+        block = self._block(nth, rows=y_TE.shape[0])
         # Loaded before the product, used after it.
-        lists = _Lists.of(part, list_refs, h_UC, row_t, cut=cut)
+        lists = _Lists.of(block.part, operands.lists, h_UC, block.row_t, cut=self.cut)
         of_first = lists.block_t(0), lists.blocks(0)
-        first_te = _begin(bias_refs, row_t, at_e, is_column_e & (split == 0))
-        y_te = _product(first_te, x_TD, w_DE, row_t, at_e, is_row_t, is_column_e, split, cut=cut)
-        at, mask_te = (row_t[:, None], at_e[None, :]), is_row_t[:, None] & is_column_e[None, :]
+        first_te = _begin(operands.biases, block)
+        y_te = _product(first_te, operands.x_TD, operands.w_DE, block, cut=self.cut)
+        at, mask_te = block.places()
 
         def give(given_TE):
             plgpu.store(given_TE.at[at], y_te, mask=mask_te)
             _arrive(arrived)
 
         for i, given_TE in enumerate(given_refs):
-            pl.when(split == i + 1)(functools.partial(give, given_TE))
+            pl.when(block.split == i + 1)(functools.partial(give, given_TE))
 
-        @pl.when(split == 0)
+        @pl.when(block.split == 0)
         def _():
-            _wait_until(arrived, shrink.programs + blocks * len(given_refs))
+            _wait_until(arrived, self.shrink.programs + self.blocks * len(given_refs))
             first_k = lists.sums(0), *of_first
             given = [plgpu.load(given_TE.at[at], mask=mask_te, other=0) for given_TE in given_refs]
             sums_te = functools.reduce(jnp.add, given, y_te)
-            for i, b_RE in enumerate(b_refs):
-                first = next(s.start for s in segments if s.part == i)
-                at_layer = dict(layer=layer, pages=shrink.pages[i], dtype=x_TD.dtype)
-                b_re = functools.partial(_load_b, b_RE, at_e - first, is_column_e, **at_layer)
-                mine = lists._replace(pages_t=jnp.where(part == i, lists.pages_t, 0))
-                sums_te = _add_part(sums_te, first_k, mine, b_re, dtype=x_TD.dtype)
+            sums_te = self._add_updates(sums_te, first_k, lists, block, operands)
             plgpu.store(y_TE.at[at], sums_te.astype(y_TE.dtype), mask=mask_te)
+
+    def _block(self, nth, *, rows: int) -> "_Block":
+        """What the nth program of the product has."""
+        split, block = _share(nth, self.blocks, self.cut.splits)
+        part, column, stop = _place(self.segments, block, self.cut.block_columns)
+        row_t, at_e = jnp.arange(block_height(rows)), column + jnp.arange(self.cut.block_columns)
+        return _Block(part, split, row_t, at_e, is_row_t=row_t < rows, is_column_e=at_e < stop)
+
+    def _add_updates(self, y_te, first_k, lists: "_Lists", block: "_Block", operands: _Operands):
+        """Adds `h @ B` of each part; in those whose columns they are not, lists have no pages."""
+        dtype = operands.x_TD.dtype
+        for i, b_RE in enumerate(operands.b_of_parts):
+            first = next(s.start for s in self.segments if s.part == i)
+            at_layer = dict(layer=operands.layer, pages=self.shrink.pages[i], dtype=dtype)
+            at_e = block.at_e - first
+            b_re = functools.partial(_load_b, b_RE, at_e, block.is_column_e, **at_layer)
+            mine = lists._replace(pages_t=jnp.where(block.part == i, lists.pages_t, 0))
+            y_te = _add_part(y_te, first_k, mine, b_re, dtype=dtype)
+        return y_te
+
+
+class _Block(NamedTuple):
+    """The rows and columns of one program of the product.
+
+    Attributes:
+      part: whose columns they are, -1 for nobody's.
+      split: which range of the input columns is multiplied.
+      row_t, at_e: the rows, all of them, and the columns.
+      is_row_t, is_column_e: which of them exist.
+    """
+
+    part: jax.Array
+    split: jax.Array | int
+    row_t: jax.Array
+    at_e: jax.Array
+    is_row_t: jax.Array
+    is_column_e: jax.Array
+
+    def places(self):
+        """Where the block lies in an array of all, and which of its places exist."""
+        at = self.row_t[:, None], self.at_e[None, :]
+        return at, self.is_row_t[:, None] & self.is_column_e[None, :]
 
 
 def _share(nth, blocks: int, splits: int):
@@ -252,8 +315,12 @@ def _place(segments: Sequence[ColumnSegment], program, block_columns: int):
         part = jnp.where(here, s.part, part)
         column = jnp.where(here, s.start + (program - first) * block_columns, column)
         stop = jnp.where(here, s.stop, stop)
-        first += pl.cdiv(s.stop - s.start, block_columns)
+        first += _blocks_of(s, block_columns)
     return part, column, stop
+
+
+def _blocks_of(segment: ColumnSegment, block_columns: int) -> int:
+    return pl.cdiv(segment.stop - segment.start, block_columns)
 
 
 class _Lists(NamedTuple):
@@ -335,29 +402,28 @@ class _Lists(NamedTuple):
         )
 
 
-def _begin(bias_refs, row_t, at_e, mask_e) -> jax.Array:
-    """What sums begin with, `[t, e]` float32: the bias, if there is one."""
-    first_te = jnp.zeros((row_t.shape[0], at_e.shape[0]), jnp.float32)
-    for bias_E in bias_refs:
-        bias_e = plgpu.load(bias_E.at[at_e], mask=mask_e, other=0)
+def _begin(biases, block: _Block) -> jax.Array:
+    """What sums begin with, `[t, e]` float32: the bias, if there is one, in the first range."""
+    mask_e = block.is_column_e & (block.split == 0)
+    first_te = jnp.zeros((block.row_t.shape[0], block.at_e.shape[0]), jnp.float32)
+    for bias_E in biases:
+        bias_e = plgpu.load(bias_E.at[block.at_e], mask=mask_e, other=0)
         first_te += bias_e.astype(jnp.float32)[None, :]
     return first_te
 
 
-def _product(
-    first_te, x_TD, w_DE, row_t, at_e, is_row_t, is_column_e, split, *, cut: LinearTile
-) -> jax.Array:
+def _product(first_te, x_TD, w_DE, block: _Block, *, cut: LinearTile) -> jax.Array:
     """`first + x @ w` over a range of the input columns, `[t, e]` float32."""
     D = x_TD.shape[1]
     steps = pl.cdiv(pl.cdiv(D, cut.block_k), cut.splits)
 
     def step(n, y_te):
-        at_d = (split * steps + n) * cut.block_k + jnp.arange(cut.block_k)
-        x_mask_td, w_mask_de = is_row_t[:, None], is_column_e[None, :]
+        at_d = (block.split * steps + n) * cut.block_k + jnp.arange(cut.block_k)
+        x_mask_td, w_mask_de = block.is_row_t[:, None], block.is_column_e[None, :]
         if cut.splits * steps * cut.block_k > D:  # the last range has less
             x_mask_td, w_mask_de = x_mask_td & (at_d < D)[None, :], w_mask_de & (at_d < D)[:, None]
-        x_td = plgpu.load(x_TD.at[row_t[:, None], at_d[None, :]], mask=x_mask_td, other=0)
-        w_de = plgpu.load(w_DE.at[at_d[:, None], at_e[None, :]], mask=w_mask_de, other=0)
+        x_td = plgpu.load(x_TD.at[block.row_t[:, None], at_d[None, :]], mask=x_mask_td, other=0)
+        w_de = plgpu.load(w_DE.at[at_d[:, None], block.at_e[None, :]], mask=w_mask_de, other=0)
         return y_te + dot(x_td, w_de, contract=(1, 0))
 
     return jax.lax.fori_loop(0, steps, step, first_te)

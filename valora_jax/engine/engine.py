@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
@@ -24,10 +24,8 @@ from valora_jax.engine.start import Parts, start
 from valora_jax.errors import AdapterNotFoundError, OutOfCapacityError
 from valora_jax.lora.combine import Kind
 from valora_jax.lora.host_store import AdapterInfo, AdapterRef
-from valora_jax.media.chat import render_chat
+from valora_jax.media.chat import Messages
 from valora_jax.media.prompts import Prompt
-
-type Messages = Sequence[Mapping[str, Any]]
 
 
 class Engine:
@@ -137,16 +135,7 @@ class Engine:
         Raises:
           ValueError: messages have the wrong form, or the checkpoint has no chat template.
         """
-        tokenizer = self.parts.tokenizer
-        if tokenizer.chat_template is None:
-            raise ValueError("the checkpoint has no chat template; call generate with a prompt")
-        text, images = render_chat(
-            tokenizer.chat_template,
-            messages,
-            image_token=self.parts.spec.image_token,
-            special_tokens=tokenizer.special_tokens,
-        )
-        return {"prompt": text, "multi_modal_data": {"image": images}}
+        return self._prompts.of_chat(messages)
 
     def stream(
         self,

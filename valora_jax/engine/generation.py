@@ -16,6 +16,7 @@ from valora_jax.engine.sampling_params import SamplingParams
 from valora_jax.engine.start import Parts
 from valora_jax.errors import RequestTooLongError
 from valora_jax.lora.host_store import AdapterRef
+from valora_jax.media.chat import Messages, render_chat
 from valora_jax.media.prompts import ProcessedPrompt, Prompt, process_prompt
 
 
@@ -85,6 +86,23 @@ class Prompts:
     def __init__(self, parts: Parts, *, seed: int):
         """`seed` draws the seeds of requests that bring none."""
         self._parts, self._seeds, self._numbers = parts, random.Random(seed), itertools.count()
+
+    def of_chat(self, messages: Messages) -> Prompt:
+        """A conversation through the chat template.
+
+        Raises:
+          ValueError: messages have the wrong form, or the checkpoint has no chat template.
+        """
+        tokenizer = self._parts.tokenizer
+        if tokenizer.chat_template is None:
+            raise ValueError("the checkpoint has no chat template; call generate with a prompt")
+        text, images = render_chat(
+            tokenizer.chat_template,
+            messages,
+            image_token=self._parts.spec.image_token,
+            special_tokens=tokenizer.special_tokens,
+        )
+        return {"prompt": text, "multi_modal_data": {"image": images}}
 
     def check(
         self,

@@ -12,13 +12,15 @@ from typing import Any, Literal
 
 from valora_jax.media.images import ImageSource
 
+type Messages = Sequence[Mapping[str, Any]]
+
 _ROLES = ("system", "user", "assistant", "tool")
 _PARTS = '{"type": "text"}, {"type": "image"} and {"type": "image_url"}'
 
 
 def render_chat(
     template: str,
-    messages: Sequence[Mapping[str, Any]],
+    messages: Messages,
     *,
     image_token: str,
     special_tokens: Mapping[str, str],

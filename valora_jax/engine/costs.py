@@ -10,6 +10,7 @@ what the line misses it corrects for each compiled shape.
 import dataclasses
 import math
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 from valora_jax.lora.mode import Mode
 
@@ -75,22 +76,41 @@ class StepTimes:
         return sum(w * x for w, x in zip(dataclasses.astuple(self), load.features(), strict=True))
 
 
-_BASE_TERMS = 4  # the first ones; the others are LoRA's
+class _Prior(NamedTuple):
+    """What is believed of a term before it is seen.
+
+    Attributes:
+      usual: its feature in a usual step.
+      deviation: how far off it may be there, in steps.
+      forgets: share of what is known of it that goes with every step.
+    """
+
+    usual: float
+    deviation: float
+    forgets: float
+
+
 # On another device a term of the base may be as large as some steps here, and one of LoRA's as a
-# part of one: where all steps use LoRA they do not tell its share from the base's.
-_USUAL_FEATURES = (1, 16, 1, 640, 1, 1, 32, 2560, 1)
-_DEVIATIONS = (*[3.0] * _BASE_TERMS, 1.0, *[0.3] * 4)  # in steps
+# part of one: where all steps use LoRA they do not tell its share from the base's. Of the base
+# hardly anything is forgotten: with its wide deviations 1e-4 made the line follow the load of the
+# last seconds, and be off for all others. Half of LoRA's goes in 70,000 steps: while all steps use
+# it, only the guess tells it from the base. Of what a mixture takes on top it goes in 350: what
+# looks bad is to be tried again.
+_PRIORS = {
+    "step_ms": _Prior(1, 3.0, 1e-6),
+    "decode_ms": _Prior(16, 3.0, 1e-6),
+    "prompt_ms": _Prior(1, 3.0, 1e-6),
+    "prompt_token_ms": _Prior(640, 3.0, 1e-6),
+    "lora_ms": _Prior(1, 1.0, 1e-5),
+    "prompt_lora_ms": _Prior(1, 0.3, 1e-5),
+    "page_ms": _Prior(32, 0.3, 1e-5),
+    "token_page_ms": _Prior(2560, 0.3, 1e-5),
+    "mixture_ms": _Prior(1, 0.3, 2e-3),
+}
+_BASE_TERMS = 4  # the first ones; the others are LoRA's
 # What the line misses in one compiled shape: factors of the base, of LoRA, and of LoRA once more in
-# a mixture; and how far off these may be.
-_FACTORS = (1.0, 1.0, 0.0)
-_FACTOR_DEVIATIONS = (0.15, 0.3, 0.3)
-# Shares of what is known of each that go with a step. Of the base's hardly any: with its wide
-# deviations 1e-4 made the line follow the load of the last seconds, and be off for all others. Half
-# of LoRA's goes in 70,000 steps: while all steps use it, only the guess tells it from the base. Of
-# what a mixture takes on top it goes in 350, and of a shape's factors in 35: what looks bad is to
-# be tried again.
-_FORGETS = (*[1e-6] * _BASE_TERMS, *[1e-5] * 4, 2e-3)
-_FACTORS_FORGET = (0.02, 0.02, 0.02)
+# a mixture; how far off they may be, and what is forgotten of them, half in 35 steps.
+_FACTORS, _FACTOR_DEVIATIONS, _FACTORS_FORGET = (1.0, 1.0, 0.0), (0.15, 0.3, 0.3), (0.02,) * 3
 # One slow step, of a collected garbage or a busy host, says little about the next.
 _LARGEST_SURPRISE = 0.1
 _MERGE_SURPRISE = 2.0  # and no merge takes a multiple of the others, or next to nothing
@@ -228,5 +248,6 @@ class StepCosts:
 
 
 def _line_of(terms: Sequence[float]) -> _Line:
-    usual = zip(_DEVIATIONS, _USUAL_FEATURES, strict=True)
-    return _Line(terms, [terms[0] * d / x for d, x in usual], forgets=_FORGETS)
+    priors = [_PRIORS[field.name] for field in dataclasses.fields(StepTimes)]
+    deviations = [terms[0] * prior.deviation / prior.usual for prior in priors]
+    return _Line(terms, deviations, forgets=[prior.forgets for prior in priors])

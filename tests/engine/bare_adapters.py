@@ -9,6 +9,7 @@ import numpy as np
 
 from tests.engine.engines import ADAPTERS, CONFIG, GOLDENS
 from valora_jax.engine.adapters import EngineAdapters
+from valora_jax.engine.events import Events
 from valora_jax.engine.request import Request
 from valora_jax.engine.sampling_params import SamplingParams
 from valora_jax.lora.host_store import AdapterInfo, AdapterRef
@@ -22,16 +23,25 @@ WIDE = "a06_qv_r64"
 
 @contextlib.contextmanager
 def bare_adapters() -> Iterator[Callable[..., EngineAdapters]]:
-    """Yields a function that makes them, whose arguments are changes of the config; closes them."""
+    """Yields a function that makes them, whose arguments are changes of the config, or who hears of
+    them; closes them."""
     made = []
 
-    def make(**changes) -> EngineAdapters:
+    def make(*, events: Events | None = None, **changes) -> EngineAdapters:
         def no_base(*_):
             raise AssertionError("none of these adapters needs the base")
 
         config = dataclasses.replace(CONFIG, **changes)
-        kwargs = dict(dtype=np.dtype(np.float32), linear_of=no_base, head_VD=no_base)
-        made.append(EngineAdapters(config, TARGET, **kwargs))
+        made.append(
+            EngineAdapters(
+                config,
+                TARGET,
+                dtype=np.dtype(np.float32),
+                linear_of=no_base,
+                head_VD=no_base,
+                events=events or Events(),
+            )
+        )
         return made[-1]
 
     yield make

@@ -103,7 +103,7 @@ def assert_nothing_is_held() -> None:
         assert core.scheduler._blocks.free_pages == engine.parts.memory.kv_pages - 1
         assert sorted(core.scheduler._free_rows) == list(range(engine.config.max_requests))
         assert core.images.held_slots == 0
-        assert core.adapters.placed == 0
+        assert core.adapters.residency.in_use == 0
         assert [i for i in engine.list_adapters() if i.users or not i.current] == []
         assert [core._jobs, core.images._held, core.adapters._slot_of] == [{}, {}, {}]
         assert engine._generations == {}

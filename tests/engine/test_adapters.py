@@ -17,6 +17,7 @@ from tests.engine.bare_adapters import (
 )
 from tests.engine.engines import ADAPTERS, CONFIG
 from valora_jax.engine.adapters import EngineAdapters
+from valora_jax.engine.events import AdapterEvicted, AdapterUnloaded, AdapterUploaded, Events
 from valora_jax.errors import AdapterError, AdapterNotFoundError
 from valora_jax.lora.device import DeviceAdapters
 from valora_jax.lora.host_store import NewAdapter
@@ -47,10 +48,10 @@ def test_a_request_holds_a_slot_and_the_base_model_none(adapters_of):
     with_a, base = request_of(adapters.hold(A)), request_of(None)
     assert acquired(adapters, with_a)
     assert adapters.acquire(base)
-    assert (adapters.slot(with_a), adapters.slot(base), adapters.placed) == (0, -1, 1)
+    assert (adapters.slot(with_a), adapters.slot(base), adapters.residency.in_use) == (0, -1, 1)
     adapters.release(with_a)
     adapters.release(base)
-    assert adapters.placed == 0
+    assert adapters.residency.in_use == 0
 
 
 def test_more_adapters_than_slots_wait_for_one(adapters_of):
@@ -62,6 +63,29 @@ def test_more_adapters_than_slots_wait_for_one(adapters_of):
     assert not acquired(adapters, second)
     adapters.release(first)
     assert acquired(adapters, second)
+
+
+def test_who_comes_and_goes_is_told(adapters_of):
+    events, heard = Events(), []
+    events.listen(heard.append)
+    adapters = adapters_of(max_adapters=1, events=events)
+    a, b = (loaded(adapters, name).ref for name in (A, B))
+    users = [request_of(adapters.hold(name)) for name in (A, B)]
+    for user in users:
+        assert acquired(adapters, user)
+        adapters.release(user)
+    assert heard == [
+        AdapterUploaded(adapter=a, slot=0),
+        AdapterEvicted(adapter=a),
+        AdapterUploaded(adapter=b, slot=0),
+    ]
+    heard.clear()
+    loaded(adapters, B)  # a new version
+    adapters.unload(A)
+    assert heard == []
+    for user in users:
+        adapters.let_go(user.adapter)
+    assert heard == [AdapterUnloaded(adapter=a), AdapterUnloaded(adapter=b)]
 
 
 def test_who_waits_for_a_slot_reads_no_folder_again(adapters_of, monkeypatch):
@@ -90,7 +114,7 @@ def test_a_folder_that_changed_fails_its_request_and_holds_nothing(adapters_of, 
     ((failed, error),) = adapters.take_failures()
     assert failed is broken
     assert "has changed since it was loaded; load it again" in str(error)
-    assert (adapters.take_failures(), adapters.placed) == ([], 0)
+    assert (adapters.take_failures(), adapters.residency.in_use) == ([], 0)
     assert acquired(adapters, other)
     adapters.release(other)
     shutil.copytree(ADAPTERS / A, tmp_path / "a", dirs_exist_ok=True)
@@ -111,7 +135,7 @@ def test_a_reloaded_name_is_a_new_version_and_the_old_one_goes_with_its_last_use
     adapters.release(user)
     adapters.let_go(old)
     assert [info.ref for info in adapters.infos()] == [new]
-    assert old not in adapters._residency
+    assert old not in adapters.residency
 
 
 def test_an_unloaded_adapter_finishes_and_then_leaves_the_device(adapters_of):
@@ -122,10 +146,10 @@ def test_an_unloaded_adapter_finishes_and_then_leaves_the_device(adapters_of):
     adapters.unload(A)
     with pytest.raises(AdapterNotFoundError, match="no adapter 'a01_attn_lm_r8'; loaded: none"):
         adapters.hold(A)
-    assert adapters.placed == 1
+    assert adapters.residency.in_use == 1
     adapters.release(user)
     adapters.let_go(user.adapter)
-    assert (adapters.infos(), adapters._residency._residents) == ([], {})
+    assert (adapters.infos(), adapters.residency._residents) == ([], {})
 
 
 def test_a_version_says_where_it_is_and_what_it_takes(adapters_of):

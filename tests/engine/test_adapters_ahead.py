@@ -154,7 +154,7 @@ def test_an_adapter_unloaded_on_its_way_comes_for_those_who_hold_it(adapters_of,
     assert acquired(adapters, user)
     adapters.release(user)
     adapters.let_go(user.adapter)
-    assert adapters._residency._residents == {}
+    assert adapters.residency._residents == {}
     loaded(adapters, A)
     adapters.prefetch([request_of(adapters.resolve(A))])  # whose engine holds nothing
     adapters.unload(A)
@@ -178,7 +178,7 @@ def test_a_pinned_adapter_comes_at_once_and_stays(adapters_of):
         loaded(adapters, name)
     for _ in range(2):
         pinned(adapters, A)
-    assert (on_device(adapters), adapters.uploads, adapters.placed) == ([A], 1, 0)
+    assert (on_device(adapters), adapters.uploads, adapters.residency.in_use) == ([A], 1, 0)
     assert [info.pinned for info in adapters.infos()] == [True, False, False]
     for name in (B, VISION):
         user = request_of(adapters.hold(name))
@@ -294,7 +294,7 @@ def test_a_pin_moves_to_the_version_that_is_loaded_and_ends_with_the_name(adapte
         staged(adapters)
     assert (adapters.infos(), adapters.slot_of(info.ref) is not None) == ([info], True)
     adapters.unload("name")
-    assert (adapters.infos(), adapters._residency.pinned) == ([], ())
+    assert (adapters.infos(), adapters.residency.pinned) == ([], ())
 
 
 def test_adapters_of_all_kinds_come_without_a_compilation(adapters_of):

@@ -102,7 +102,7 @@ def test_everybody_gets_their_adapter_whatever_else_happens(seed):
                 break
             loop.turn()
         assert loop.held == []
-        assert (adapters.placed, adapters.take_failures()) == (0, [])
+        assert (adapters.residency.in_use, adapters.take_failures()) == (0, [])
         for _ in range(2):  # staged, then placed, unless it is there
             adapters.prefetch([])
             staged(adapters)

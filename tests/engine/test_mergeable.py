@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.lora.test_merged_copy import pools
+from valora_jax.engine.events import Events, MergeRefused
 from valora_jax.engine.mergeable import Traits
 from valora_jax.lora.host_store import AdapterRef
 from valora_jax.lora.strength import BaseEnergy
@@ -30,9 +31,11 @@ def energies(*, weights: float = 1e9, error: float = 0.0) -> dict[str, list[Base
     return {site: [BaseEnergy(weights, error)] * 2 for site in pools()}
 
 
-def traits(adapters, *, error: float | None, weights: float = 1e9) -> Traits:
+def traits(
+    adapters, *, error: float | None, weights: float = 1e9, events: Events | None = None
+) -> Traits:
     base = None if error is None else energies(weights=weights, error=error)
-    return Traits(adapters, pools=pools, base=base)
+    return Traits(adapters, pools=pools, base=base, events=events or Events())
 
 
 def settled(of: Traits):
@@ -59,13 +62,19 @@ def test_what_rounding_would_lose_decides(error, mergeable):
     assert of.refused == (not mergeable)
 
 
-def test_a_refusal_is_logged_once(caplog):
-    of = traits(Placed(), error=1e6)
+def test_a_refusal_is_told_and_logged_once(caplog):
+    events, heard = Events(), []
+    events.listen(heard.append)
+    of = traits(Placed(), error=1e6, events=events)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             settled(of)
     [record] = caplog.records
     assert "adapter 'style' version 3 is served unmerged" in record.getMessage()
+    [event] = heard
+    assert event.adapter == REF
+    assert event.reason.startswith("rounding merged weights would lose")
+    assert isinstance(event, MergeRefused)
 
 
 class Energy:
@@ -114,7 +123,7 @@ def test_an_adapter_that_is_not_a_number_is_refused():
         site: dataclasses.replace(pool, a_RD=jnp.full_like(pool.a_RD, jnp.nan))
         for site, pool in pools().items()
     }
-    of = Traits(Placed(), pools=lambda: broken, base=energies())
+    of = Traits(Placed(), pools=lambda: broken, base=energies(), events=Events())
     assert not settled(of).mergeable
     assert of.refused == 1
 
@@ -138,7 +147,7 @@ def test_an_update_that_overflows_is_refused():
         site: dataclasses.replace(pool, scale_LS=jnp.full_like(pool.scale_LS, 1e30))
         for site, pool in pools().items()
     }
-    of = Traits(Placed(), pools=lambda: huge, base=energies())
+    of = Traits(Placed(), pools=lambda: huge, base=energies(), events=Events())
     assert not settled(of).mergeable
     assert of.is_weak(REF)
 

@@ -17,6 +17,14 @@ from tests.engine.engines import (
 )
 from tests.fixed_policy import Restless, decided, fold, ruled_by
 from valora_jax.engine.engine import Engine
+from valora_jax.engine.events import (
+    AdapterEvicted,
+    AdapterUnloaded,
+    AdapterUploaded,
+    MergeBegun,
+    MergeWhole,
+    StepRan,
+)
 from valora_jax.engine.rounds import Decision
 from valora_jax.engine.sampling_params import SamplingParams
 from valora_jax.lora.mode import Mode
@@ -114,10 +122,15 @@ def test_a_merge_goes_on_in_pieces_between_steps(engine, modes):
     fold(engine, OTHERS[0])
     orchestrator.costs.merge_ms = 1e6  # so slow that each layer has a step of its own
     fractions = []
-    modes.on_step = lambda ran: fractions.append(orchestrator.copy.fraction)
+
+    def hear(event) -> None:
+        if isinstance(event, StepRan):
+            fractions.append(orchestrator.copy.fraction)
+
+    stop = engine.on_event(hear)
     with decided(engine, Decision(merge=ref)):
         answer(engine, PROMPT, adapter=SPARE, max_tokens=6)
-    modes.on_step = None
+    stop()
     # Steps are planned before the last ones are read.
     assert fractions == sorted(fractions)
     assert set(fractions[1:]) >= {0.75, 1.0}
@@ -216,14 +229,40 @@ def test_a_merge_whose_requests_are_aborted_is_left_and_taken_up_again(engine, m
 
 def test_steps_are_timed_unless_something_was_compiled_for_them(engine, modes):
     ran = []
-    modes.on_step = ran.append
+    stop = engine.on_event(ran.append)
     answer(engine, PROMPT, max_tokens=6)
-    modes.on_step = None
+    stop()
     assert len(ran) == 6 or len(ran) > 6  # the prompt may take several
+    assert {type(event) for event in ran} == {StepRan}
     assert all(step.ms >= 0 for step in ran)
     starts = [step.start_s for step in ran]
     assert starts == sorted(starts)
     assert sum(modes.orchestrator.seconds.values()) > 0
+
+
+def test_a_server_hears_all_that_becomes_of_an_adapter(engine, modes):
+    for name in [SPARE, *OTHERS]:
+        if name in {info.ref.name for info in engine.list_adapters()}:
+            engine.unload_adapter(name)
+    heard = []
+    stop = engine.on_event(heard.append)
+    load(engine, SPARE)
+    ref = fold(engine, SPARE)
+    evict(engine, ref)
+    engine.unload_adapter(SPARE)
+    stop()
+    load(engine, SPARE)
+    slot = {event.adapter: event.slot for event in heard if isinstance(event, AdapterUploaded)}
+    own = [event for event in heard if getattr(event, "adapter", None) == ref]
+    assert own == [
+        AdapterUploaded(adapter=ref, slot=slot[ref]),
+        MergeBegun(adapter=ref),
+        MergeWhole(adapter=ref),
+        AdapterEvicted(adapter=ref),
+        AdapterUnloaded(adapter=ref),
+    ]
+    assert [it.name for it in slot] == [SPARE, *OTHERS]
+    assert any(isinstance(event, StepRan) for event in heard)
 
 
 def test_the_engine_counts_what_its_steps_did(engine, modes):

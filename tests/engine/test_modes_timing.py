@@ -1,10 +1,12 @@
-"""What steps and merges took, told from when they were enqueued and when they were read."""
+"""What steps and merges took, told from when they were enqueued and when they were read, and who
+hears of them."""
 
 import dataclasses
 
 import pytest
 
 from tests.fixed_policy import Fixed
+from valora_jax.engine.events import Events, MergeBegun, MergeInterrupted, MergeWhole, StepRan
 from valora_jax.engine.modes import Modes
 from valora_jax.engine.orchestrator import Orchestrator
 from valora_jax.engine.plan import Chunk, Folded, Plan
@@ -36,11 +38,20 @@ class Device:
         self.filled.append((nth, slot))
 
 
+class Knows:
+    """Traits, of which nothing is asked."""
+
+    def forget(self, ref):
+        pass
+
+
 class Loop:
     """Modes on a clock that the test moves."""
 
     def __init__(self):
-        self.now_s, self.device, self.ran = 100.0, Device(), []
+        self.now_s, self.device, self.heard = 100.0, Device(), []
+        self.events = Events()
+        self.events.listen(self.heard.append)
         limits = StepLimits(
             max_requests=4,
             max_tokens_per_step=64,
@@ -52,14 +63,14 @@ class Loop:
         )
         self.modes = Modes(
             self.orchestrator,
-            None,
+            Knows(),
             self.device,
             self.device,
             pools=dict,
             merge_chunk_ms=2.0,
+            events=self.events,
             clock=lambda: self.now_s,
         )
-        self.modes.on_step = self.ran.append
         self.learnt = []
         self.orchestrator.costs.observe = lambda load, ms: self.learnt.append(ms)
 
@@ -74,6 +85,10 @@ class Loop:
             folded=None if folded is None else Folded(slot=2, changes_head=False),
             compiled=compiled,
         )
+
+    @property
+    def ran(self) -> list[StepRan]:
+        return [event for event in self.heard if isinstance(event, StepRan)]
 
     def read(self, *, after_ms, on_time=True):
         self.now_s += after_ms / 1e3
@@ -139,6 +154,46 @@ def test_another_adapter_begins_anew(loop):
     assert loop.device.filled == [(0, 2), (1, 2), (0, 0), (1, 0)]
     assert loop.orchestrator.copy.fraction == 0.25
     assert (loop.orchestrator.switches, loop.orchestrator.interrupted) == (2, 1)
+
+
+def told(loop) -> list[tuple]:
+    """What became of merges: the kind of event and whose."""
+    return [(type(event), event.adapter) for event in loop.heard if not isinstance(event, StepRan)]
+
+
+def test_a_merge_is_told_when_it_begins_and_when_it_is_whole(loop):
+    loop.orchestrator.costs.merge_ms = 8.0
+    for _ in range(3):
+        loop.enqueue(merge=HOT)
+    assert told(loop) == [(MergeBegun, HOT)]
+    for _ in range(2):
+        loop.enqueue(merge=HOT)
+    assert told(loop) == [(MergeBegun, HOT), (MergeWhole, HOT)]
+
+
+def test_a_merge_that_another_one_replaces_is_told(loop):
+    loop.orchestrator.costs.merge_ms = 8.0
+    loop.enqueue(merge=HOT)
+    loop.enqueue(merge=COLD)
+    assert told(loop) == [(MergeBegun, HOT), (MergeInterrupted, HOT), (MergeBegun, COLD)]
+
+
+@pytest.mark.parametrize(("chunks", "end"), [(1, MergeInterrupted), (4, MergeWhole)])
+def test_a_version_that_goes_interrupts_its_merge_unless_that_is_whole(loop, chunks, end):
+    loop.orchestrator.costs.merge_ms = 8.0
+    for _ in range(chunks):
+        loop.enqueue(merge=HOT)
+    loop.modes.forget(COLD)
+    loop.modes.forget(HOT)
+    assert told(loop) == [(MergeBegun, HOT), (end, HOT)]
+
+
+def test_a_step_that_ran_tells_its_mode_and_whom_it_served(loop):
+    loop.enqueue(adapter=HOT, folded=HOT)
+    loop.read(after_ms=5)
+    [step] = loop.ran
+    assert (step.mode, step.decision) == (Mode.MERGED, Decision(folded=HOT))
+    assert [request.adapter for request in step.requests] == [HOT]
 
 
 def test_what_steps_take_longer_after_pieces_is_the_merge(loop):

@@ -51,8 +51,12 @@ def test_the_least_recently_used_makes_room_and_those_in_use_stay():
     residency.acquire(ref(3))
     residency.acquire(ref(1))
     residency.release(ref(1))  # 2 is now the least recently used
+    evicted = []
+    residency.on_evict = evicted.append
     assert residency.place(ref(4), {"decoder.q": 1})
-    assert there(residency) == [1, 3, 4]
+    assert (there(residency), evicted) == ([1, 3, 4], [ref(2)])
+    residency.drop(ref(1))  # it makes room for nobody
+    assert (there(residency), evicted) == ([3, 4], [ref(2)])
 
 
 def test_only_versions_whose_pages_are_needed_are_evicted():

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from valora_jax.config import EngineConfig
+from valora_jax.engine.events import AdapterEvicted, AdapterUnloaded, AdapterUploaded, Events
 from valora_jax.engine.request import Request
 from valora_jax.engine.step import AdapterArrays
 from valora_jax.errors import AdapterError, OutOfCapacityError
@@ -42,6 +43,7 @@ class EngineAdapters:
     """Loads, places and forgets adapters.
 
     Attributes:
+      residency: who is on the device and where, to be asked only.
       on_forget: hears of every version that no request will bring again.
     """
 
@@ -53,6 +55,7 @@ class EngineAdapters:
         dtype: np.dtype,
         linear_of: LinearOf,
         head_VD: Callable[[], np.ndarray],
+        events: Events,
     ):
         """Takes the device's memory for adapters.
 
@@ -60,11 +63,14 @@ class EngineAdapters:
           dtype: of adapters on the device.
           linear_of: site name and layer -> the base's linear.
           head_VD: the base's head.
+          events: hear who comes and goes.
         """
         self._target, self._linear_of, self._head_VD = target, linear_of, head_VD
+        self._events = events
         self._store = HostStore(max_bytes=config.host_adapter_bytes, reread=self._read)
         self._device = DeviceAdapters(config, target, dtype=dtype)
-        self._residency = Residency(self._device.pages_of_site, slots=config.max_adapters)
+        self.residency = Residency(self._device.pages_of_site, slots=config.max_adapters)
+        self.residency.on_evict = lambda ref: events.send(AdapterEvicted(adapter=ref))
         self._staging = Staging(self._stage, limit=MAX_STAGED)
         self._slot_of: dict[Request, int] = {}
         self._failures: dict[Request, Exception] = {}
@@ -102,13 +108,13 @@ class EngineAdapters:
         adapter = new.adapter
         need, old = pages_needed(adapter), self._pinned(adapter.name)
         faults = [
-            *self._residency.refusals(need, instead_of=old),
+            *self.residency.refusals(need, instead_of=old),
             *self._device.refusals(adapter),
         ]
         if old is not None and not faults:
-            staying = [r for r in self._residency.pinned if r != old or not self._store.users(old)]
+            staying = [r for r in self.residency.pinned if r != old or not self._store.users(old)]
             others = self._needs_but(staying)
-            faults = self._residency.pin_refusals(need, others, instead_of=old)
+            faults = self.residency.pin_refusals(need, others, instead_of=old)
         if faults:
             raise AdapterError(adapter.name, faults)
         ref = self._store.register(new)
@@ -116,8 +122,8 @@ class EngineAdapters:
         if adapter.task_head is not None:
             self._classes[ref] = adapter.task_head.weight_CD.shape[0]
         if old is not None:
-            self._residency.unpin(old)
-            self._residency.pin(ref, need)
+            self.residency.unpin(old)
+            self.residency.pin(ref, need)
         known = {info.ref: info for info in self.infos()}
         for gone in self._needs.keys() - known.keys():
             self._forget(gone)
@@ -126,7 +132,7 @@ class EngineAdapters:
     def unload(self, name: str) -> None:
         """Takes the name and its pin away at once; requests that use the version finish on it."""
         ref = self._store.unregister(name)
-        self._residency.unpin(ref)
+        self.residency.unpin(ref)
         self._forget_if_gone(ref)
 
     def pin(self, name: str) -> AdapterRef:
@@ -136,14 +142,14 @@ class EngineAdapters:
           AdapterNotFoundError: there is no such name.
           OutOfCapacityError: with all pins, some other adapter would never find a place.
         """
-        ref, pinned = self.resolve(name), self._residency.pinned
+        ref, pinned = self.resolve(name), self.residency.pinned
         if ref in pinned:
             return ref
-        faults = self._residency.pin_refusals(self._needs[ref], self._needs_but([*pinned, ref]))
+        faults = self.residency.pin_refusals(self._needs[ref], self._needs_but([*pinned, ref]))
         if faults:
             reasons = "\n  ".join(faults)
             raise OutOfCapacityError(f"adapter {name!r} cannot be pinned:\n  {reasons}")
-        self._residency.pin(ref, self._needs[ref])
+        self.residency.pin(ref, self._needs[ref])
         return ref
 
     def coming(self, ref: AdapterRef) -> bool:
@@ -156,14 +162,14 @@ class EngineAdapters:
           ValueError, OSError, NotImplementedError: it was to be read again, and its folder changed
             or went away. It is pinned no more.
         """
-        if ref not in self._residency.pinned:
+        if ref not in self.residency.pinned:
             return False
         self._bring()
         if (error := self._staging.error(ref)) is not None:
-            self._residency.unpin(ref)
+            self.residency.unpin(ref)
             self._staging.drop(ref)
             raise error
-        ready = ref in self._residency or self._staging.get(ref) is not None
+        ready = ref in self.residency or self._staging.get(ref) is not None
         return not ready and self._staging.busy
 
     def unpin(self, name: str) -> None:
@@ -172,10 +178,10 @@ class EngineAdapters:
         Raises:
           AdapterNotFoundError: there is no such name.
         """
-        self._residency.unpin(self.resolve(name))
+        self.residency.unpin(self.resolve(name))
 
     def infos(self) -> list[AdapterInfo]:
-        return self._store.list_adapters(pinned=self._residency.pinned)
+        return self._store.list_adapters(pinned=self.residency.pinned)
 
     def resolve(self, name: str) -> AdapterRef:
         """The newest version of a name; raises AdapterNotFoundError."""
@@ -193,7 +199,7 @@ class EngineAdapters:
 
     def let_go(self, ref: AdapterRef) -> None:
         self._store.release(ref)
-        if not self._store.users(ref) and ref not in self._residency.pinned:
+        if not self._store.users(ref) and ref not in self.residency.pinned:
             self._staging.drop(ref)
         self._forget_if_gone(ref)
 
@@ -208,7 +214,7 @@ class EngineAdapters:
         """
         first = itertools.islice(requests, _LOOKAHEAD_REQUESTS)
         wanted = dict.fromkeys(r.adapter for r in first if r.adapter is not None)
-        self._residency.want(wanted)
+        self.residency.want(wanted)
         self._bring()
 
     def wait(self) -> bool:
@@ -228,13 +234,13 @@ class EngineAdapters:
         if (ref := request.adapter) is None:
             self._slot_of[request] = -1
             return True
-        if ref not in self._residency and not self._place_staged(ref):
+        if ref not in self.residency and not self._place_staged(ref):
             if (error := self._staging.error(ref)) is None:
                 self._staging.ask(ref)
             else:
                 self._failures[request] = error
             return False
-        self._slot_of[request] = self._residency.acquire(ref)
+        self._slot_of[request] = self.residency.acquire(ref)
         return True
 
     def take_failures(self) -> list[tuple[Request, Exception]]:
@@ -249,7 +255,7 @@ class EngineAdapters:
     def release(self, request: Request) -> None:
         del self._slot_of[request]
         if request.adapter is not None:
-            self._residency.release(request.adapter)
+            self.residency.release(request.adapter)
 
     def slot(self, request: Request) -> int:
         """The adapter slot of a running request, -1 for the base model."""
@@ -262,7 +268,7 @@ class EngineAdapters:
 
     def slot_of(self, ref: AdapterRef) -> int | None:
         """The slot of a version whose arrays are on the device, whether it is in use or not."""
-        return self._residency.slot_of(ref)
+        return self.residency.slot_of(ref)
 
     def pages(self, ref: AdapterRef) -> Mapping[str, int]:
         """Site -> pages of the device's pool that a loaded version takes."""
@@ -291,11 +297,6 @@ class EngineAdapters:
         """How often a version was written to the device."""
         return self._device.uploads
 
-    @property
-    def placed(self) -> int:
-        """Versions on the device that some request uses."""
-        return self._residency.in_use
-
     def _read(self, folder: Path, name: str) -> Adapter:
         adapter = read_adapter(folder, name=name, target=self._target)
         return with_base(adapter, linear_of=self._linear_of, head_VD=self._head_VD)
@@ -306,23 +307,24 @@ class EngineAdapters:
     def _bring(self) -> None:
         """Places what is pinned or wanted and ready for it, and has what comes next made ready."""
         self._staging.collect()
-        missing = dict.fromkeys([*self._residency.pinned, *self._residency.wanted])
-        missing = [ref for ref in missing if ref not in self._residency]
+        missing = dict.fromkeys([*self.residency.pinned, *self.residency.wanted])
+        missing = [ref for ref in missing if ref not in self.residency]
         self._staging.prefer([ref for ref in missing if not self._place_staged(ref)])
 
     def _place_staged(self, ref: AdapterRef) -> bool:
         """Writes a version to a place, if it is staged and there is one."""
         if (staged := self._staging.get(ref)) is None:
             return False
-        if (placement := self._residency.place(ref, self._needs[ref])) is None:
+        if (placement := self.residency.place(ref, self._needs[ref])) is None:
             return False
         self._device.write(staged, placement)
         self._staging.drop(ref)
+        self._events.send(AdapterUploaded(adapter=ref, slot=placement.slot))
         return True
 
     def _pinned(self, name: str) -> AdapterRef | None:
         """The version of a name that is pinned."""
-        return next((ref for ref in self._residency.pinned if ref.name == name), None)
+        return next((ref for ref in self.residency.pinned if ref.name == name), None)
 
     def _needs_but(self, refs: Collection[AdapterRef]) -> dict[str, Mapping[str, int]]:
         """What all other versions need."""
@@ -337,8 +339,9 @@ class EngineAdapters:
             self._forget(ref)
 
     def _forget(self, ref: AdapterRef) -> None:
-        self._residency.drop(ref)
+        self.residency.drop(ref)
         self._staging.drop(ref)
         self._needs.pop(ref, None)
         self._classes.pop(ref, None)
         self.on_forget(ref)
+        self._events.send(AdapterUnloaded(adapter=ref))

@@ -15,6 +15,7 @@ import numpy as np
 
 from valora_jax.config import EngineConfig
 from valora_jax.engine.adapters import EngineAdapters
+from valora_jax.engine.events import Event
 from valora_jax.engine.generation import CheckedPrompt, Generation, Prompts, one_each
 from valora_jax.engine.metrics import EngineMetrics
 from valora_jax.engine.outputs import ClassificationOutput, RequestOutput
@@ -251,6 +252,11 @@ class Engine:
         """What the engine has counted so far."""
         with self._lock:
             return EngineMetrics.of(self._core)
+
+    def on_event(self, listener: Callable[[Event], None]) -> Callable[[], None]:
+        """Lets a function hear of steps, merges and adapters while the engine works; see
+        `engine.events` for what it may do. Returns a function that ends it."""
+        return self.parts.events.listen(listener)
 
     @property
     def _adapters(self) -> EngineAdapters:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from pallas_kernels.lora_matmul import LoraPool
+from valora_jax.engine.events import Events, MergeRefused
 from valora_jax.engine.rounds import Adapter, AdapterTraits
 from valora_jax.engine.weights import DECODER
 from valora_jax.lora.host_store import AdapterRef
@@ -47,14 +48,17 @@ class Traits:
         *,
         pools: Callable[[], Mapping[str, LoraPool]],
         base: Mapping[str, list[BaseEnergy[float]]] | None,
+        events: Events,
     ):
         """Args:
         adapters: where versions are.
         pools: the device's rank pages, as they are now.
         base: site -> energies of each layer, see `lora.strength`; None merges nothing.
+        events: hear of refusals.
         """
         self.refused = 0
         self._adapters, self._pools, self._base = adapters, pools, base
+        self._events = events
         self._known: dict[AdapterRef, AdapterTraits] = {}
         self._pending: dict[AdapterRef, dict[str, jax.Array]] = {}
 
@@ -99,6 +103,7 @@ class Traits:
             return True
         self.refused += 1
         _log.warning("adapter %r version %d is served unmerged: %s", ref.name, ref.version, refusal)
+        self._events.send(MergeRefused(adapter=ref, reason=refusal))
         return False
 
     def _refusal(self, energy: Mapping[str, np.ndarray]) -> str | None:

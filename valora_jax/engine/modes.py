@@ -6,25 +6,23 @@ timed as they end on the device, without waiting for it.
 
 import collections
 import dataclasses
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping
 
 from pallas_kernels.lora_matmul import LoraPool
 from valora_jax.engine.costs import StepLoad
+from valora_jax.engine.events import Events, MergeBegun, MergeInterrupted, MergeWhole, StepRan
 from valora_jax.engine.mergeable import PlacedAdapters, Traits
-from valora_jax.engine.orchestrator import Orchestrator, StepRan
+from valora_jax.engine.orchestrator import Orchestrator
 from valora_jax.engine.plan import Folded, Plan
-from valora_jax.engine.rounds import EVERYBODY_UNMERGED, Decision
+from valora_jax.engine.rounds import EVERYBODY_UNMERGED, Copy, Decision
 from valora_jax.engine.scheduler import Scheduler
 from valora_jax.lora.host_store import AdapterRef
 from valora_jax.lora.merged_copy import MergedCopy
 from valora_jax.lora.mode import Mode
 from valora_jax.lora.residency import REPLACED_HEADS
 from valora_jax.models.spec import HEAD_SITE
-
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -69,7 +67,6 @@ class Modes:
       copy: the merged weights; None where nothing is merged.
       tokens: decoder rows by how they ran: on weights with their own adapter in them, on weights
         with another's, or on the base weights.
-      on_step: hears of every step that was read; None by default.
     """
 
     def __init__(
@@ -81,6 +78,7 @@ class Modes:
         *,
         pools: Callable[[], Mapping[str, LoraPool]],
         merge_chunk_ms: float,
+        events: Events,
         clock: Callable[[], float] = time.monotonic,
     ):
         """Args:
@@ -90,13 +88,13 @@ class Modes:
         copy: to fill.
         pools: the device's rank pages, as they are now.
         merge_chunk_ms: device time that may pass between two steps.
+        events: hear of steps and merges.
         clock: of the requests' times, in seconds.
         """
         self.orchestrator, self.traits, self.copy = orchestrator, traits, copy
         self.tokens: collections.Counter[Mode] = collections.Counter()
-        self.on_step: Callable[[StepRan], None] | None = None
         self._adapters, self._pools, self._clock = adapters, pools, clock
-        self._merge_chunk_ms = merge_chunk_ms
+        self._merge_chunk_ms, self._events = merge_chunk_ms, events
         self._merge = _Merge()
         self._after: _Merge | None = None  # of the next step
         self._in_flight: collections.deque[_Enqueued] = collections.deque()
@@ -175,8 +173,8 @@ class Modes:
         else:
             self.orchestrator.count(step.load, ms)
         self._free_s, self._free_on_time = now_s, on_time
-        if self.on_step is not None:
-            self.on_step(
+        if self._events.heard:
+            self._events.send(
                 StepRan(
                     start_s=start_s,
                     ms=ms,
@@ -188,8 +186,10 @@ class Modes:
 
     def forget(self, ref: AdapterRef) -> None:
         """Drops a version that no request will bring again."""
+        before = self.orchestrator.copy
         self.orchestrator.forget(ref)
         self.traits.forget(ref)
+        self._tell_of_copy(before)
 
     def warm_up(self) -> None:
         """Compiles what fills the copy, and measures it; before any adapter is placed."""
@@ -202,9 +202,9 @@ class Modes:
         slot = self._adapters.slot_of(ref)
         if self.copy is None or slot is None or self.orchestrator.copy.usable == ref:
             return  # it is still to be placed, was evicted, or is folded in
-        if self.orchestrator.copy.adapter != ref:
+        before = self.orchestrator.copy
+        if before.adapter != ref:
             self._merge = _Merge()
-            _log.debug("folding in adapter %r version %d", ref.name, ref.version)
         merge, layers = self._merge, self.copy.layers
         some = int(layers * self._merge_chunk_ms / self.orchestrator.costs.merge_ms)
         stop = min(merge.layers + max(1, some), layers)
@@ -214,6 +214,18 @@ class Modes:
         self._after = merge
         merge.unread += 1
         self.orchestrator.copied(ref, stop / layers)
+        self._tell_of_copy(before)
+
+    def _tell_of_copy(self, before: Copy) -> None:
+        """Tells what has become of the copy."""
+        now = self.orchestrator.copy
+        if before.adapter != now.adapter:
+            if isinstance(before.adapter, AdapterRef) and before.usable is None:
+                self._events.send(MergeInterrupted(adapter=before.adapter))
+            if isinstance(now.adapter, AdapterRef):
+                self._events.send(MergeBegun(adapter=now.adapter))
+        if isinstance(now.usable, AdapterRef) and now.usable != before.usable:
+            self._events.send(MergeWhole(adapter=now.usable))
 
     def _time_merge(self, step: _Enqueued, *, ms: float | None) -> None:
         """Takes what a merge's layers and the step after them took; None if that is not known."""

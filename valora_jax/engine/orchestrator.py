@@ -38,25 +38,6 @@ from valora_jax.engine.rounds import (
 from valora_jax.lora.mode import Mode
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class StepRan:
-    """A step that has ended, for those who watch.
-
-    Attributes:
-      start_s: on the engine's clock.
-      ms: from its start, or the end of the step before, to its end.
-      load: what it did.
-      decision: how it was to run.
-      requests: that it served.
-    """
-
-    start_s: float
-    ms: float
-    load: StepLoad
-    decision: Decision
-    requests: tuple[Servable, ...]
-
-
 class Orchestrator:
     """Asks the policy, keeps the state of the copy, and counts.
 

@@ -17,6 +17,7 @@ from valora_jax.config import EngineConfig
 from valora_jax.engine.adapters import EngineAdapters
 from valora_jax.engine.buckets import MAX_CHUNKS, default_step_tokens
 from valora_jax.engine.core import EngineCore
+from valora_jax.engine.events import Events
 from valora_jax.engine.fill import Sources
 from valora_jax.engine.image_cache import ImageCache
 from valora_jax.engine.kv_blocks import KVBlocks
@@ -54,6 +55,7 @@ class Parts:
     core: EngineCore
     runner: Runner
     memory: MemoryPlan
+    events: Events
 
 
 def start(folder: Path, config: EngineConfig, *, show_progress: bool) -> Parts:
@@ -92,7 +94,8 @@ def assemble(
     weights = StepWeights(model, spec, precision)
     memory = _plan_memory(model, spec, config, precision, copy_bytes=weights.copy_bytes)
     memory.print(console)
-    adapters = _adapters(model, spec, config, precision) if config.max_adapters else None
+    events = Events()
+    adapters = _adapters(model, spec, config, precision, events) if config.max_adapters else None
     images = _images(config, adapters)
     runner = Runner(
         weights,
@@ -106,7 +109,9 @@ def assemble(
     )
     if memory.copy_bytes:
         weights.take_copy(runner.shapes.kernel)
-    modes = _modes(config, max_tokens_per_step, runner, adapters, weights) if adapters else None
+    modes = None
+    if adapters:
+        modes = _modes(config, max_tokens_per_step, runner, adapters, weights, events)
     if config.warm_up:
         _warm_up(runner, adapters, modes, console, tuned=tuned)
     core = EngineCore(
@@ -120,12 +125,18 @@ def assemble(
         steps_ahead=config.steps_ahead or (1 if jax.default_backend() == "cpu" else 2),
     )
     return Parts(
-        spec=spec, tokenizer=tokenizer, pixels=pixels, core=core, runner=runner, memory=memory
+        spec=spec,
+        tokenizer=tokenizer,
+        pixels=pixels,
+        core=core,
+        runner=runner,
+        memory=memory,
+        events=events,
     )
 
 
 def _adapters(
-    model: Model, spec: ModelSpec, config: EngineConfig, precision: Precision
+    model: Model, spec: ModelSpec, config: EngineConfig, precision: Precision, events: Events
 ) -> EngineAdapters:
     base = BaseTensors(model, spec)
     return EngineAdapters(
@@ -134,6 +145,7 @@ def _adapters(
         dtype=precision.weights,
         linear_of=base.linear,
         head_VD=base.head,
+        events=events,
     )
 
 
@@ -172,6 +184,7 @@ def _modes(
     runner: Runner,
     adapters: EngineAdapters,
     weights: StepWeights,
+    events: Events,
 ) -> Modes:
     limits = StepLimits(
         max_requests=config.max_requests,
@@ -187,6 +200,7 @@ def _modes(
         adapters,
         pools=pools,
         base=weights.energy() if weights.copy else None,
+        events=events,
     )
     policy = make_policy(config.policy, max_wait_s=config.max_wait_s)
     modes = Modes(
@@ -196,6 +210,7 @@ def _modes(
         weights.copy,
         pools=pools,
         merge_chunk_ms=limits.merge_chunk_ms,
+        events=events,
     )
     adapters.on_forget = modes.forget
     return modes

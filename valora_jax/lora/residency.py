@@ -8,7 +8,7 @@ hold those. A whole replaced head is a page of the site `REPLACED_HEADS`.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from valora_jax.lora.host_store import AdapterRef
 
@@ -39,7 +39,11 @@ class _Resident:
 
 
 class Residency:
-    """Hands out slots and pages. Page 0 of every site is zeros and is never handed out."""
+    """Hands out slots and pages. Page 0 of every site is zeros and is never handed out.
+
+    Attributes:
+      on_evict: hears of every version that made room for another.
+    """
 
     def __init__(self, pages_of_site: Mapping[str, int], *, slots: int):
         """Args:
@@ -53,6 +57,7 @@ class Residency:
         self._residents: dict[AdapterRef, _Resident] = {}  # least recently used first
         self._wanted: dict[AdapterRef, int] = {}  # and where in the queue
         self._pinned: dict[AdapterRef, Mapping[str, int]] = {}  # and what it needs
+        self.on_evict: Callable[[AdapterRef], None] = lambda ref: None
 
     def __contains__(self, ref: AdapterRef) -> bool:
         return ref in self._residents
@@ -223,6 +228,7 @@ class Residency:
                 break
             if not self._free_slots or any(self._residents[ref].pages(site) for site in short):
                 self._evict(ref)
+                self.on_evict(ref)
         return True
 
     def _short(self, need: Mapping[str, int]) -> dict[str, int]:

@@ -15,8 +15,8 @@ import jax
 from pallas_kernels.lora_matmul import PAGE_RANKS
 from valora_jax.config import EngineConfig, PolicyName
 from valora_jax.engine.core import Job
+from valora_jax.engine.events import Event, StepRan
 from valora_jax.engine.generation import CheckedPrompt, Prompts
-from valora_jax.engine.orchestrator import StepRan
 from valora_jax.engine.policies import make_policy
 from valora_jax.engine.rounds import Adapter, AdapterTraits, Copy, Servable
 from valora_jax.engine.start import Parts, start
@@ -124,11 +124,16 @@ class LiveSystem:
         self._modes.orchestrator.copy = Copy()
         uploads, preemptions = self._adapters.uploads, self._core.scheduler.preemptions
         jobs: list[Job] = []
-        steps: list[StepRan] = []
-        self._modes.on_step = steps.append
+        events: list[Event] = []
+        stop_listening = self._parts.events.listen(events.append)
         gc.collect()  # what preparing left behind is not the engine's to clear up
-        start_s = drive(self._core, trace, lambda n: jobs.append(self._add(checked[n], trace[n])))
-        self._modes.on_step = None
+        try:
+            start_s = drive(
+                self._core, trace, lambda n: jobs.append(self._add(checked[n], trace[n]))
+            )
+        finally:
+            stop_listening()
+        steps = [event for event in events if isinstance(event, StepRan)]
         orchestrator = self._modes.orchestrator
         return Outcome(
             served=_served(trace, jobs, steps, start_s=start_s),

@@ -57,12 +57,14 @@ def test_a_config_cannot_be_changed():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (dict(dtype="bf16"), r"dtype='bf16' is not one of auto, float32, bfloat16, float16"),
+        (dict(kernels="cuda"), r"kernels='cuda' is not one of auto, triton, xla"),
         (dict(policy="merge"), r"policy='merge' is not one of valora, unmerged, merged, dlora"),
         (dict(merge="of"), r"merge='of' is not one of copy, off"),
         (dict(policy="merged", merge="off"), r"would serve one adapter at a time for nothing"),
         (dict(max_wait_s=0), r"max_wait_s=0 must be positive"),
     ],
 )
-def test_modes_are_known_and_go_together(changes, message):
+def test_names_are_known_and_go_together(changes, message):
     with pytest.raises(ValueError, match=message):
         EngineConfig(**changes)

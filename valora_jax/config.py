@@ -55,7 +55,7 @@ class EngineConfig:
       seed: of requests that bring none.
 
     Raises:
-      ValueError: a size is out of range; lists every fault.
+      ValueError: a size is out of range, or a name is unknown; lists every fault.
     """
 
     dtype: Dtype = "auto"
@@ -106,7 +106,8 @@ class EngineConfig:
             for name, low in least.items()
             if values[name] is not None and values[name] < low
         ]
-        for name, known in {"policy": PolicyName, "merge": Merge}.items():
+        names = {"dtype": Dtype, "kernels": Kernels, "policy": PolicyName, "merge": Merge}
+        for name, known in names.items():
             if (value := getattr(self, name)) not in get_args(known):
                 faults.append(f"{name}={value!r} is not one of {', '.join(get_args(known))}")
         if self.policy == "merged" and self.merge == "off":

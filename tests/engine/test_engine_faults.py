@@ -270,6 +270,13 @@ def test_an_engine_that_cannot_start_says_why(tmp_path):
         Engine(GOLDENS / "checkpoints" / "llava15-tiny", large, show_progress=False)
 
 
+def test_kernels_of_another_device_are_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: "tpu")
+    config = dataclasses.replace(CONFIG, kernels="triton")
+    with pytest.raises(NotImplementedError, match=r"NVIDIA GPUs only.*'tpu' here; set kernels="):
+        Engine(tmp_path / "nothing_here", config, show_progress=False)
+
+
 def test_an_engine_without_adapters_serves_the_base_model_alone(want):
     config = EngineConfig(**{**dataclasses.asdict(CONFIG), "max_adapters": 0, "warm_up": False})
     engine = Engine(GOLDENS / "checkpoints" / "llava15-tiny", config, show_progress=False)

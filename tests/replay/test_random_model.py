@@ -67,6 +67,14 @@ def test_an_engine_can_be_made_without_files(monkeypatch):
     assert parts.pixels.output_size == parts.spec.pixel_shape[1:]
 
 
+def test_kernels_of_another_device_are_refused_before_weights_are_made(monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: "tpu")
+    monkeypatch.setattr(random_model, "random_model", None)
+    config = EngineConfig(dtype="float32", kernels="triton")
+    with pytest.raises(NotImplementedError, match="runs on NVIDIA GPUs only"):
+        random_parts("llava-1.5-7b", config, show_progress=False)
+
+
 def test_tokens_become_text_on_the_way():
     tokenizer = random_tokenizer(100)
     text = IncrementalDetokenizer(tokenizer)

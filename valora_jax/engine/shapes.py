@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from pallas_kernels.lora_matmul import Implementation as Kernel
-from valora_jax.config import EngineConfig
+from valora_jax.config import EngineConfig, Kernels
 from valora_jax.engine.batch import BatchLayout
 from valora_jax.engine.buckets import Bucket, Buckets
 from valora_jax.engine.precision import SEVERAL_ROWS, Precision
@@ -16,6 +16,23 @@ from valora_jax.engine.step import ModelShape, StepShape
 from valora_jax.models.spec import ModelSpec
 
 IMAGES_A_CALL = (1, 2, 4)
+
+
+def kernel_of(kernels: Kernels) -> Kernel:
+    """Resolves "auto" for the device that jax uses by default.
+
+    Raises:
+      NotImplementedError: the kernels do not run on it.
+    """
+    platform = jax.default_backend()
+    if kernels == "triton" and platform != "gpu":
+        raise NotImplementedError(
+            f'kernels="triton" runs on NVIDIA GPUs only, and jax runs on {platform!r} here; '
+            'set kernels="auto" or "xla", or install jax for CUDA'
+        )
+    if kernels == "auto":
+        return "triton" if platform == "gpu" else "xla"
+    return kernels
 
 
 class StepShapes:
@@ -40,6 +57,9 @@ class StepShapes:
         max_tokens_per_step: the configured number, or the default where there is none.
         request_pages: pages that the longest request takes.
         with_adapters: whether the engine serves any.
+
+        Raises:
+          NotImplementedError: see `kernel_of`.
         """
         platform = jax.default_backend()
         self._buckets = Buckets(
@@ -48,8 +68,7 @@ class StepShapes:
             tokens_per_image=spec.tokens_per_image,
             spacing="coarse" if platform == "cpu" else "fine",
         )
-        automatic: Kernel = "triton" if platform == "gpu" else "xla"
-        self.kernel: Kernel = automatic if config.kernels == "auto" else config.kernels
+        self.kernel: Kernel = kernel_of(config.kernels)
         self._model, self._spec, self._precision = model, spec, precision
         self._request_pages = request_pages
         # With nobody's adapter in it, a step without LoRA saves launches; on a CPU it saves nothing

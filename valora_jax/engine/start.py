@@ -32,6 +32,7 @@ from valora_jax.engine.request import Request
 from valora_jax.engine.rounds import StepLimits
 from valora_jax.engine.runner import Runner
 from valora_jax.engine.scheduler import Scheduler
+from valora_jax.engine.shapes import kernel_of
 from valora_jax.engine.weights import StepWeights
 from valora_jax.lora.device import DeviceAdapters
 from valora_jax.media.clip_pixels import ClipPixels
@@ -63,9 +64,11 @@ def start(folder: Path, config: EngineConfig, *, show_progress: bool) -> Parts:
 
     Raises:
       CheckpointError: the folder is no checkpoint that fits a known family.
-      NotImplementedError: the family is known, but not this variant of it.
+      NotImplementedError: the family is known, but not this variant of it; or the kernels do not
+        run on this device.
       ValueError: the configured sizes do not fit the device.
     """
+    kernel_of(config.kernels)  # before anything is read: a wrong one is found at once
     console = Console(stderr=True, quiet=not show_progress)
     spec = read_spec(read_config(folder))
     tokenizer, pixels = Tokenizer.from_folder(folder), ClipPixels.from_folder(folder)

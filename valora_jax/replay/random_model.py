@@ -12,6 +12,7 @@ from tokenizers import decoders, models
 
 from valora_jax.config import EngineConfig
 from valora_jax.engine.precision import Precision
+from valora_jax.engine.shapes import kernel_of
 from valora_jax.engine.start import Parts, assemble
 from valora_jax.media.clip_pixels import ClipPixels
 from valora_jax.media.tokenizer import Tokenizer
@@ -29,7 +30,9 @@ def random_parts(shapes: Shapes, config: EngineConfig, *, show_progress: bool) -
 
     Raises:
       ValueError: the configured sizes do not fit the device.
+      NotImplementedError: the kernels do not run on it.
     """
+    kernel_of(config.kernels)  # before weights are made
     spec = spec_of(_CONFIGS[shapes])
     precision = Precision.choose(config.dtype, stored="bfloat16")
     _, height, width = spec.pixel_shape

@@ -14,7 +14,7 @@ T rows, D input width, E output width, L layers, S adapter slots, M row tiles.
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -54,11 +54,15 @@ def block_rows(rows: int, *, implementation: Implementation, segments: Segments 
     "few", "some" and "many" are about 1, 8 and 32, "any" is for who cannot know.
 
     Raises:
+      ValueError: the implementation is unknown.
       TableError: the device has a table, but it cannot be used.
     """
-    if implementation == "xla":
-        return xla.BLOCK_ROWS
-    return tuned.block_rows(rows, segments=segments, device=_device())
+    match implementation:
+        case "xla":
+            return xla.BLOCK_ROWS
+        case "triton":
+            return tuned.block_rows(rows, segments=segments, device=_device())
+    raise _unknown(implementation)
 
 
 def lora_linear(
@@ -198,7 +202,7 @@ def lora_matmul(
       the tile alone: equal inputs give equal bits.
 
     Raises:
-      ValueError: the shapes contradict each other, or parts overlap.
+      ValueError: the shapes contradict each other, parts overlap, or the implementation is unknown.
       NotImplementedError: the "triton" kernels do not take these shapes or dtypes; "xla" does.
       TableError: the device has a table of tiles, but it cannot be used.
     """
@@ -230,7 +234,7 @@ def lora_matmul(
                 dtype=y_TE.dtype,
                 tile=tile,
             )
-    raise ValueError(f"unknown implementation {implementation!r}; known: 'triton', 'xla'")
+    raise _unknown(implementation)
 
 
 def compiler_options(rows: int) -> dict[str, bool]:
@@ -260,6 +264,11 @@ def _check(parts: Sequence[Part], tiles: RowTiles, *, T: int, D: int, E: int, la
                 f"parts overlap: columns {first}:{stop} and {next_first}:{next_stop}; give each "
                 "linear columns of its own"
             )
+
+
+def _unknown(implementation: str) -> ValueError:
+    known = ", ".join(map(repr, get_args(Implementation)))
+    return ValueError(f"unknown implementation {implementation!r}; known: {known}")
 
 
 def _device() -> str:

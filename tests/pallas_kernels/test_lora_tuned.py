@@ -183,6 +183,8 @@ def test_row_tiles_have_the_height_that_was_the_fastest(device):
     ship(device, entry(key(512), height=32, us=9), entry(key(512), height=64, us=8))
     assert op.block_rows(600, implementation="triton") == 64
     assert op.block_rows(600, implementation="xla") == xla.BLOCK_ROWS
+    with pytest.raises(ValueError, match="unknown implementation 'cuda'; known: 'triton', 'xla'"):
+        op.block_rows(600, implementation="cuda")
     batch = LoraBatch.of(
         jnp.zeros(600, jnp.int32), pools={}, biases_LSE={}, implementation="triton"
     )

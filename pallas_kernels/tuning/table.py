@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -180,7 +181,7 @@ class Table:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             return cls._of(data, device=device, kinds=kinds)
-        except ValueError as error:
+        except (ValueError, OverflowError, RecursionError) as error:
             raise TableError(
                 f"{path} is no table of tiles for this device: {error}; delete it to use computed "
                 "tiles, or make it anew with `valora tune`"
@@ -191,14 +192,17 @@ class Table:
         names = {"format", "device", "jax", "entries", "skipped"}
         if not isinstance(data, dict) or data.keys() != names:
             raise ValueError(f"want the fields {', '.join(sorted(names))}")
-        if data["format"] != FORMAT:
+        if type(data["format"]) is not int or data["format"] != FORMAT:
             raise ValueError(f"its format is {data['format']!r}, this version reads {FORMAT}")
         if data["device"] != device:
             raise ValueError(f"it is of {data['device']!r}, the device here is {device!r}")
-        table = cls(device=device, jax=str(data["jax"]), kinds=kinds)
+        for name, kind in {"jax": str, "entries": list, "skipped": list}.items():
+            if not isinstance(data[name], kind):
+                raise ValueError(f"{name}={reprlib.repr(data[name])}, want a {kind.__name__}")
+        table = cls(device=device, jax=data["jax"], kinds=kinds)
         for row in data["entries"]:
             key, tile, us = _parse(row, kinds, "us")
-            if not isinstance(us, int | float) or not 0 < us < math.inf:
+            if type(us) not in (int, float) or not 0 < us < math.inf:
                 raise ValueError(f"us={us!r} of {key} is no time")
             table.add(Entry(key=key, tile=tile, us=float(us)))
         if len(table.entries) < len(data["entries"]):

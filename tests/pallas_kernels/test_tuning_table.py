@@ -157,9 +157,14 @@ def damage(text: str, old: str, new: str) -> str:
     [
         ("{", "", "Extra data"),
         ('"format": 1', '"format": 2', "its format is 2, this version reads 1"),
+        ('"format": 1', '"format": true', "its format is True, this version reads 1"),
+        pytest.param("{", "[" * 100_000, "maximum recursion depth", id="deep"),
+        ('"jax": "0.11.2"', '"jax": 11', "jax=11, want a str"),
         ('"skipped"', '"leapt"', "want the fields device, entries, format, jax, skipped"),
         ('"us": 1.0', '"us": NaN', "us=nan of"),
         ('"us": 1.0', '"us": -1', "us=-1 of"),
+        ('"us": 1.0', '"us": true', "us=True of"),
+        pytest.param('"us": 1.0', f'"us": {10**400}', "too large", id="a number without end"),
         ('"tokens": 8', '"tokens": 0', "has sizes below 1"),
         ('"tokens": 8', '"tokens": "8"', "Key.tokens='8' is not"),
         ('"tokens": 8', '"tokens": true', "Key.tokens=True is not"),
@@ -179,6 +184,16 @@ def test_a_damaged_table_is_refused_with_its_fault_and_the_way_out(tmp_path, old
     with pytest.raises(TableError, match=r"delete it .* or make it anew with `valora tune`") as e:
         read(path)
     assert message in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["entries", "skipped"])
+@pytest.mark.parametrize("value", [None, 5, {}])
+def test_rows_that_are_no_list_are_refused_as_other_damages(tmp_path, name, value):
+    path = tmp_path / "t.json"
+    table_of().write(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(TableError, match=rf"t\.json is no .* {name}=.*, want a list; delete it"):
+        read(path)
 
 
 def test_a_table_of_another_device_is_refused(tmp_path):

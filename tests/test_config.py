@@ -29,6 +29,9 @@ def test_the_defaults_are_within_their_own_limits():
         ("memory_fraction", 0.0),
         ("memory_fraction", 1.01),
         ("memory_fraction", float("nan")),
+        ("max_wait_s", float("nan")),
+        ("max_wait_s", float("inf")),
+        ("lora_pages", float("nan")),
     ],
 )
 def test_a_size_out_of_range_is_refused_by_name(field, value):

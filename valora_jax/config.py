@@ -1,6 +1,7 @@
 """Settings of the engine. The command line's flags and the keys of TOML files are these fields."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -104,7 +105,7 @@ class EngineConfig:
         faults = [
             f"{name}={values[name]} must be at least {low}"
             for name, low in least.items()
-            if values[name] is not None and values[name] < low
+            if values[name] is not None and not values[name] >= low  # NaN is not, either
         ]
         names = {"dtype": Dtype, "kernels": Kernels, "policy": PolicyName, "merge": Merge}
         for name, known in names.items():
@@ -114,9 +115,10 @@ class EngineConfig:
             faults.append(
                 'policy="merged" with merge="off" would serve one adapter at a time for nothing'
             )
-        if self.max_wait_s <= 0:
+        if not 0 < self.max_wait_s < math.inf:
             faults.append(
-                f"max_wait_s={self.max_wait_s} must be positive: a step takes time itself"
+                f"max_wait_s={self.max_wait_s} must be positive, as a step takes time itself, "
+                "and finite"
             )
         if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
             faults.append(f"memory_fraction={self.memory_fraction} is not in (0, 1]")

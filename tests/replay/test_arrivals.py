@@ -1,6 +1,7 @@
 import collections
 import itertools
 import json
+import math
 import statistics
 
 import pytest
@@ -65,8 +66,8 @@ def test_a_seed_gives_the_same_requests_at_any_rate():
 
 
 def test_every_wrong_number_is_named():
-    with pytest.raises(ValueError, match=r"(?s)rate=0 must be positive.*cv=-1 must be positive"):
-        make_trace([1.0], rate=0, requests=1, cv=-1, lengths=ONE_TOKEN)
+    with pytest.raises(ValueError, match=r"(?s)rate=0 must be positive.*cv=nan must be positive"):
+        make_trace([1.0], rate=0, requests=1, cv=math.nan, lengths=ONE_TOKEN)
 
 
 def test_traces_are_read_from_json(tmp_path):

@@ -61,9 +61,10 @@ def test_goodput_counts_who_met_both_bounds():
     assert report(outcome, Slo(ttft_ms=50, tpot_ms=150)).goodput_per_s == 0
 
 
-def test_an_objective_is_positive():
-    with pytest.raises(ValueError, match="tpot_ms=0 must be positive"):
-        Slo(tpot_ms=0)
+@pytest.mark.parametrize("ms", [0, float("nan")])
+def test_an_objective_is_positive(ms):
+    with pytest.raises(ValueError, match=f"tpot_ms={ms} must be positive"):
+        Slo(tpot_ms=ms)
 
 
 def test_answers_of_one_token_have_no_next_one():

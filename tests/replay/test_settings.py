@@ -1,8 +1,12 @@
+import math
 from pathlib import Path
 
 import pytest
 
 from valora_jax.replay.settings import ENGINE, ReplaySettings
+
+
+NAN = math.nan
 
 
 def test_the_default_sweep_is_in_order():
@@ -21,12 +25,21 @@ def test_the_default_sweep_is_in_order():
         ({"policies": (), "bound": False}, "nothing to replay"),
         ({"skews": ()}, "no share of requests for adapters"),
         ({"skews": (1.5,)}, "--skews 1.5 is no share"),
-        ({"zipf": (-1.0,)}, "--zipf -1.0 must not be negative"),
+        ({"skews": (NAN,)}, "--skews nan is no share"),
+        ({"zipf": (-1.0,)}, "--zipf -1.0 must be 0 or more, and finite"),
+        ({"zipf": (NAN,)}, "--zipf nan must be 0 or more"),
+        ({"seed": -1}, "--seed -1 must be 0 or more, and finite"),
         ({"adapters": ()}, "--adapters needs at least one number"),
         ({"adapters": (4, 0)}, "--adapters 0 must be positive"),
         ({"ranks": (-8,)}, "--ranks -8 must be positive"),
         ({"rates": (0.0,)}, "--rates 0.0 must be positive"),
+        ({"rates": (4.0, NAN)}, "--rates nan must be positive"),
+        ({"loads": (NAN,)}, "--loads nan must be positive"),
         ({"seconds": 0.0}, "--seconds 0.0 must be positive"),
+        ({"seconds": NAN}, "--seconds nan must be positive"),
+        ({"seconds": math.inf}, "--seconds inf must be positive and finite"),
+        ({"capacity": NAN}, "--capacity nan must be positive"),
+        ({"cv": NAN}, "--cv nan must be positive"),
         ({"resident": 0}, "--resident 0 must be positive"),
     ],
 )

@@ -91,12 +91,12 @@ def make_trace(
       seed: equal seeds give equal traces, whatever the rate, apart from the scale of time.
 
     Raises:
-      ValueError: a number is not positive.
+      ValueError: a number is not positive, or not finite.
     """
     faults = [
-        f"{name}={value} must be positive"
+        f"{name}={value} must be positive and finite"
         for name, value in {"rate": rate, "requests": requests, "cv": cv}.items()
-        if value <= 0
+        if not 0 < value < math.inf
     ]
     if faults:
         raise ValueError("\n  ".join(["the trace cannot be drawn:", *faults]))

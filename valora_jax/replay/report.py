@@ -30,7 +30,7 @@ class Slo:
 
     def __post_init__(self) -> None:
         for name in ("ttft_ms", "tpot_ms"):
-            if (value := getattr(self, name)) <= 0:
+            if not (value := getattr(self, name)) > 0:  # NaN is not, either
                 raise ValueError(f"the objective {name}={value} must be positive")
 
     def met(self, served: Served) -> bool:

@@ -1,6 +1,7 @@
 """What `valora bench replay` is told: on what, which traces, under which policies."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -105,14 +106,15 @@ class ReplaySettings:
             "resident": () if self.resident is None else (self.resident,),
         }
         for flag, values in positive.items():
-            if wrong := [value for value in values if value <= 0]:
-                yield f"--{flag} {wrong[0]} must be positive"
+            if wrong := [value for value in values if not 0 < value < math.inf]:
+                yield f"--{flag} {wrong[0]} must be positive and finite"
         for flag, needed in {"adapters": self.adapters, "ranks": self.ranks}.items():
             if not needed:
                 yield f"--{flag} needs at least one number"
         if wrong := [skew for skew in self.skews if not 0 <= skew <= 1]:
             yield f"--skews {wrong[0]} is no share; give one in [0, 1]"
-        if wrong := [exponent for exponent in self.zipf if exponent < 0]:
-            yield f"--zipf {wrong[0]} must not be negative"
+        for flag, values in {"zipf": self.zipf, "seed": (self.seed,)}.items():
+            if wrong := [value for value in values if not 0 <= value < math.inf]:
+                yield f"--{flag} {wrong[0]} must be 0 or more, and finite"
         if self.engine.max_adapters < 1:
             yield "--engine.max-adapters 0 serves no adapters; leave it out, it follows --adapters"

@@ -5,7 +5,6 @@ import pytest
 
 from valora_jax.replay.settings import ENGINE, ReplaySettings
 
-
 NAN = math.nan
 
 

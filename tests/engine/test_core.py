@@ -13,6 +13,7 @@ from valora_jax.engine.answer import Answer
 from valora_jax.engine.core import EngineCore, Job
 from valora_jax.engine.image_cache import ImageCache
 from valora_jax.engine.kv_blocks import KVBlocks
+from valora_jax.engine.metrics import EngineMetrics
 from valora_jax.engine.plan import Folded, Plan
 from valora_jax.engine.request import Request
 from valora_jax.engine.runner import InFlight
@@ -121,6 +122,17 @@ class Loop:
         self.blocks.check([])
         assert self.blocks.free_pages == self.blocks.usable_pages
         assert (self.runner.unread, self.core._jobs) == (0, {})
+
+
+def test_without_adapters_nothing_is_counted_of_them():
+    loop = Loop(steps_ahead=1)
+    job = loop.add([1, 2, 3], 4)
+    loop.finish()
+    metrics = EngineMetrics.of(loop.core)
+    assert metrics.finished[job.answer.finish_reason] == 1
+    assert set(metrics.mode_seconds.values()) == set(metrics.mode_tokens.values()) == {0}
+    assert (metrics.switches, metrics.merge_ms, metrics.folded) == (0, None, None)
+    assert (metrics.resident, metrics.pinned, metrics.adapter_pages) == ((), (), {})
 
 
 def test_decodes_run_as_far_ahead_as_they_may_and_never_past_the_limit():

@@ -9,6 +9,7 @@ import pytest
 from tests.engine.engines import (
     ADAPTER_INDEX,
     ADAPTERS,
+    CONFIG,
     GOLDENS,
     answer,
     engine_of,
@@ -28,6 +29,7 @@ from valora_jax.engine.events import (
 from valora_jax.engine.rounds import Decision
 from valora_jax.engine.sampling_params import SamplingParams
 from valora_jax.lora.mode import Mode
+from valora_jax.lora.residency import REPLACED_HEADS
 
 # Float32 in another order, and weights that were rounded once more; as against transformers.
 TOLERANCE = 5e-4
@@ -109,9 +111,10 @@ def test_answers_do_not_depend_on_when_the_mode_changes(engine, modes):
 
     want = tokens()
     modes.tokens.clear()
+    switches = modes.orchestrator.switches
     with ruled_by(engine, Restless()):
         assert tokens() == want
-        assert modes.orchestrator.switches > 3
+    assert modes.orchestrator.switches > switches + 3
     assert all(modes.tokens[mode] > 0 for mode in Mode)
 
 
@@ -164,13 +167,14 @@ def test_an_adapter_that_was_evicted_is_merged_still_when_it_comes_back(engine, 
     ref = fold(engine, SPARE)
     evict(engine, ref)
     modes.tokens.clear()
+    switches = modes.orchestrator.switches
     with decided(engine, Decision(folded=ref, merge=ref)):
         answer(engine, PROMPT, max_tokens=2)  # on the base weights: there is nothing to subtract
         only(Mode.UNMERGED, modes)
         modes.tokens.clear()
         assert answer(engine, PROMPT, adapter=SPARE, max_tokens=6).token_ids == want
         only(Mode.MERGED, modes)
-        assert modes.orchestrator.switches == 0
+    assert modes.orchestrator.switches == switches
 
 
 def test_a_merge_goes_on_in_the_place_that_its_adapter_comes_back_to(engine, modes):
@@ -183,11 +187,12 @@ def test_a_merge_goes_on_in_the_place_that_its_adapter_comes_back_to(engine, mod
         answer(engine, PROMPT, adapter=SPARE, max_tokens=1)
     assert 0 < (begun := modes.orchestrator.copy.fraction) < 1
     evict(engine, ref)
+    switches = modes.orchestrator.switches
     with decided(engine, Decision(merge=ref)):
         answer(engine, PROMPT, max_tokens=2)
         assert modes.orchestrator.copy.fraction == begun
         answer(engine, PROMPT, adapter=SPARE, max_tokens=6)
-        assert (modes.orchestrator.copy.usable, modes.orchestrator.switches) == (ref, 0)
+    assert (modes.orchestrator.copy.usable, modes.orchestrator.switches) == (ref, switches)
     modes.orchestrator.costs.merge_ms = 10.0
     modes.tokens.clear()
     with decided(engine, Decision(folded=ref)):
@@ -240,10 +245,13 @@ def test_steps_are_timed_unless_something_was_compiled_for_them(engine, modes):
     assert sum(modes.orchestrator.seconds.values()) > 0
 
 
+def unload_all(engine) -> None:
+    for info in engine.list_adapters():
+        engine.unload_adapter(info.ref.name)
+
+
 def test_a_server_hears_all_that_becomes_of_an_adapter(engine, modes):
-    for name in [SPARE, *OTHERS]:
-        if name in {info.ref.name for info in engine.list_adapters()}:
-            engine.unload_adapter(name)
+    unload_all(engine)
     heard = []
     stop = engine.on_event(heard.append)
     load(engine, SPARE)
@@ -278,8 +286,50 @@ def test_the_engine_counts_what_its_steps_did(engine, modes):
     assert during.mode_seconds[Mode.MERGED] > 0
     assert during.finished["length"] > before.finished.get("length", 0)
     assert (during.running, during.waiting) == (0, 0)
-    assert during.adapter_uploads >= before.adapter_uploads
-    assert (during.refused_merges, during.interrupted_merges) == (0, 0)
+    assert during.mode_changes > before.mode_changes
+    assert during.mode_seconds[Mode.UNMERGED] >= before.mode_seconds[Mode.UNMERGED] > 0
+
+
+def test_the_engine_counts_what_became_of_merges(engine, modes):
+    load(engine, SPARE, OTHERS[0])
+    refs = [fold(engine, name) for name in (OTHERS[0], SPARE)]
+    before = engine.metrics()
+    modes.orchestrator.costs.merge_ms = 1e6  # a layer a step
+    for ref in refs:  # the second one interrupts the first
+        with decided(engine, Decision(merge=ref)):
+            answer(engine, PROMPT, adapter=ref.name, max_tokens=1)
+    during = engine.metrics()
+    assert (during.switches, during.merge_ms) == (before.switches + 2, 1e6)
+    assert during.interrupted_merges == before.interrupted_merges + 1
+    assert (during.folded, during.refused_merges) == (None, before.refused_merges)
+    modes.orchestrator.costs.merge_ms = 10.0
+    engine.combine_adapters("strong", {SPARE: 1e6})
+    answer(engine, PROMPT, adapter="strong", max_tokens=8)
+    assert engine.metrics().refused_merges == before.refused_merges + 1
+    assert engine.metrics().switches == during.switches
+    engine.unload_adapter("strong")
+
+
+def test_the_engine_counts_who_is_on_the_device(engine):
+    unload_all(engine)
+    before = engine.metrics()
+    assert (before.resident, before.pinned) == ((), ())
+    assert set(before.adapter_pages_in_use.values()) == {0}
+    assert before.adapter_pages["decoder.q"] == CONFIG.lora_pages
+    assert before.adapter_pages[REPLACED_HEADS] == CONFIG.max_replaced_heads
+    load(engine, SPARE)
+    engine.pin_adapter(SPARE)
+    [ref] = [info.ref for info in engine.list_adapters()]
+    during = engine.metrics()
+    assert (during.resident, during.pinned) == ((ref,), (ref,))
+    pages = {site: n for site, n in during.adapter_pages_in_use.items() if n}
+    assert pages == {f"decoder.{linear}": 1 for linear in "qkvo"}
+    engine.unpin_adapter(SPARE)
+    evict(engine, ref)
+    after = engine.metrics()
+    assert after.adapter_uploads == before.adapter_uploads + 1 + len(OTHERS)
+    assert after.adapter_evictions == before.adapter_evictions + 1
+    assert (sorted(it.name for it in after.resident), after.pinned) == (OTHERS, ())
 
 
 def test_without_a_copy_nobody_is_merged_and_everybody_served():

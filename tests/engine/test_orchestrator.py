@@ -111,6 +111,26 @@ def test_steps_are_counted_by_the_mode_that_they_ran_in():
     assert orchestrator.seconds == {Mode.UNMERGED: 0.25, Mode.MERGED: 0.25, Mode.MIXTURE: 0.5}
 
 
+def test_changes_of_mode_are_counted():
+    orchestrator = orchestrator_of()
+    base, merged = ([(None, 1)], None), ([("cars", 1)], "cars")
+    for chunks, folded in (base, base, merged, base, merged, merged):
+        orchestrator.count(orchestrator.load_of(chunks, folded), 5.0)
+    assert orchestrator.mode_changes == 3
+
+
+def test_another_policy_goes_on_with_the_copy_and_the_counters():
+    orchestrator = orchestrator_of()
+    orchestrator.copied("cars", 0.5)
+    orchestrator.copied("planes", 0.5)
+    orchestrator.observe(orchestrator.load_of([(None, 1)], None), 250.0)
+    orchestrator.set_policy(Says(Decision(merge="cars")))
+    assert orchestrator.decide(0.0, [Asking("cars")], []) == Decision(merge="cars")
+    assert orchestrator.copy.adapter == "planes"
+    assert (orchestrator.switches, orchestrator.interrupted) == (2, 1)
+    assert orchestrator.seconds[Mode.UNMERGED] == 0.25
+
+
 def test_costs_may_be_brought_along():
     costs = StepCosts(merge_ms=3.0)
     orchestrator = Orchestrator(

@@ -55,8 +55,10 @@ def test_the_least_recently_used_makes_room_and_those_in_use_stay():
     residency.on_evict = evicted.append
     assert residency.place(ref(4), {"decoder.q": 1})
     assert (there(residency), evicted) == ([1, 3, 4], [ref(2)])
+    assert residency.resident == (ref(3), ref(1), ref(4))
+    assert residency.pages_in_use == dict.fromkeys(SITES, 0) | {"decoder.q": 3}
     residency.drop(ref(1))  # it makes room for nobody
-    assert (there(residency), evicted) == ([3, 4], [ref(2)])
+    assert (there(residency), evicted, residency.evictions) == ([3, 4], [ref(2)], 1)
 
 
 def test_only_versions_whose_pages_are_needed_are_evicted():

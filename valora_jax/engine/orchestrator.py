@@ -48,6 +48,7 @@ class Orchestrator:
       switches: merges begun.
       interrupted: merges that another one replaced before they were whole, or whose adapter went.
       seconds: of steps by mode.
+      mode_changes: steps that ran in another mode than the one before.
     """
 
     def __init__(
@@ -68,13 +69,13 @@ class Orchestrator:
         """
         self.costs = costs or StepCosts()
         self.copy = Copy()
-        self.limits, self._traits = limits, traits
-        self.set_policy(policy)
+        self.switches = self.interrupted = self.mode_changes = 0
+        self.seconds = dict.fromkeys(Mode, 0.0)
+        self.limits, self._traits, self._policy = limits, traits, policy
+        self._last_mode: Mode | None = None
 
     def set_policy(self, policy: Policy) -> None:
-        """Goes on with a fresh policy and counters from zero; costs and copy stay."""
-        self.switches = self.interrupted = 0
-        self.seconds = dict.fromkeys(Mode, 0.0)
+        """Goes on with a fresh policy; costs, copy and counters stay."""
         self._policy = policy
 
     def decide(
@@ -118,6 +119,8 @@ class Orchestrator:
     def count(self, load: StepLoad, ms: float) -> None:
         """Counts a step of which it is not known how long it took itself."""
         self.seconds[load.mode] += ms / 1e3
+        self.mode_changes += self._last_mode not in (None, load.mode)
+        self._last_mode = load.mode
 
     def observe_merge(self, ms: float) -> None:
         """Takes the device time of a whole merge, all chunks together."""

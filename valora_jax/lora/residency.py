@@ -43,6 +43,7 @@ class Residency:
 
     Attributes:
       on_evict: hears of every version that made room for another.
+      evictions: how many did.
     """
 
     def __init__(self, pages_of_site: Mapping[str, int], *, slots: int):
@@ -57,6 +58,7 @@ class Residency:
         self._residents: dict[AdapterRef, _Resident] = {}  # least recently used first
         self._wanted: dict[AdapterRef, int] = {}  # and where in the queue
         self._pinned: dict[AdapterRef, Mapping[str, int]] = {}  # and what it needs
+        self.evictions = 0
         self.on_evict: Callable[[AdapterRef], None] = lambda ref: None
 
     def __contains__(self, ref: AdapterRef) -> bool:
@@ -65,6 +67,16 @@ class Residency:
     def slot_of(self, ref: AdapterRef) -> int | None:
         """The slot of a version that is on the device; None for others."""
         return None if (it := self._residents.get(ref)) is None else it.placement.slot
+
+    @property
+    def resident(self) -> tuple[AdapterRef, ...]:
+        """Versions that have a place, in use or not; least recently used first."""
+        return tuple(self._residents)
+
+    @property
+    def pages_in_use(self) -> dict[str, int]:
+        """Site -> pages that versions have, page 0 not counted."""
+        return {s: n - 1 - len(self._free_pages[s]) for s, n in self.pages_of_site.items()}
 
     @property
     def in_use(self) -> int:
@@ -228,6 +240,7 @@ class Residency:
                 break
             if not self._free_slots or any(self._residents[ref].pages(site) for site in short):
                 self._evict(ref)
+                self.evictions += 1
                 self.on_evict(ref)
         return True
 

@@ -17,6 +17,7 @@ from valora_jax.config import EngineConfig, PolicyName
 from valora_jax.engine.core import Job
 from valora_jax.engine.events import Event, StepRan
 from valora_jax.engine.generation import CheckedPrompt, Prompts
+from valora_jax.engine.metrics import EngineMetrics
 from valora_jax.engine.policies import make_policy
 from valora_jax.engine.rounds import Adapter, AdapterTraits, Copy, Servable
 from valora_jax.engine.start import Parts, start
@@ -122,7 +123,7 @@ class LiveSystem:
         checked = [self._random.make(arrival) for arrival in trace]
         self._modes.orchestrator.set_policy(make_policy(policy, max_wait_s=self._config.max_wait_s))
         self._modes.orchestrator.copy = Copy()
-        uploads, preemptions = self._adapters.uploads, self._core.scheduler.preemptions
+        before = EngineMetrics.of(self._core)
         jobs: list[Job] = []
         events: list[Event] = []
         stop_listening = self._parts.events.listen(events.append)
@@ -134,7 +135,7 @@ class LiveSystem:
         finally:
             stop_listening()
         steps = [event for event in events if isinstance(event, StepRan)]
-        orchestrator = self._modes.orchestrator
+        after = EngineMetrics.of(self._core)
         return Outcome(
             served=_served(trace, jobs, steps, start_s=start_s),
             steps=[
@@ -146,11 +147,11 @@ class LiveSystem:
                 )
                 for step in steps
             ],
-            switches=orchestrator.switches,
-            interrupted=orchestrator.interrupted,
-            refused=self._modes.traits.refused,
-            uploads=self._adapters.uploads - uploads,
-            preemptions=self._core.scheduler.preemptions - preemptions,
+            switches=after.switches - before.switches,
+            interrupted=after.interrupted_merges - before.interrupted_merges,
+            refused=after.refused_merges,
+            uploads=after.adapter_uploads - before.adapter_uploads,
+            preemptions=after.preemptions - before.preemptions,
         )
 
     def predict(self, trace: Sequence[Arrival], policy: PolicyName) -> Outcome:

@@ -9,7 +9,7 @@ import hypothesis
 import hypothesis.strategies as st
 
 from valora_jax.engine import valora_policy
-from valora_jax.engine.costs import StepTimes
+from valora_jax.engine.costs import StepCosts, StepTimes
 from valora_jax.engine.policies import Unmerged
 from valora_jax.engine.rounds import AdapterTraits
 from valora_jax.engine.valora_policy import Valora
@@ -39,9 +39,9 @@ def arrivals(*rows: tuple[float, int | None, int]) -> list[Arrival]:
     ]
 
 
-def simulation(trace, *, device=HEAVY, traits=mergeable, max_wait_s=1.0) -> Simulation:
+def simulation(trace, *, device=HEAVY, traits=mergeable, max_wait_s=1.0, costs=None) -> Simulation:
     policy = Valora(max_wait_s=max_wait_s)
-    return Simulation(trace, policy, device=device, limits=LIMITS, traits=traits)
+    return Simulation(trace, policy, device=device, limits=LIMITS, traits=traits, costs=costs)
 
 
 def steps_of(run: Simulation) -> list[Step]:
@@ -258,6 +258,14 @@ def test_merges_cost_less_than_they_save_when_the_favourite_changes_all_the_time
     unmerged = Simulation(trace, Unmerged(), device=Device(), limits=LIMITS)
     busy_s = [sum(s.ms for s in steps_of(r)) / 1e3 for r in (run, unmerged)]
     assert busy_s[0] + 0.01 * run.orchestrator.switches <= busy_s[1]
+
+
+def test_a_base_row_does_not_keep_the_first_merge_from_beginning():
+    known = StepCosts(HEAVY.times)  # of steps that all have LoRA nobody could tell what it takes
+    run = simulation(arrivals(*[(0.0, 0, 300)] * 7, (0.0, None, 300)), costs=known)
+    steps_of(run)
+    assert run.orchestrator.copy.usable == 0
+    assert run.orchestrator.seconds[Mode.MERGED] > 0
 
 
 def interrupted_merge(*later: tuple[float, int | None, int]) -> Simulation:

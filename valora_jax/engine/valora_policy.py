@@ -153,8 +153,9 @@ class Valora:
         if rival is not None:
             alone = self._best(round, chunks, rival)
             self._gains.add(rival, alone.unmerged_ms - alone.token_ms)
-        if round.copy.usable is None and round.copy.adapter in present:
-            return round.copy.adapter
+        begun = round.copy.adapter if round.copy.usable is None else None
+        if begun is not None and begun in present:  # None is the base model's, too
+            return begun
         if rival is None:
             return None
         ours_ms = 0.0 if round.copy.usable is None else self._gains.of(round.copy.usable)

@@ -47,14 +47,15 @@ class Restless:
 
 
 def fold(engine: Engine, name: str) -> AdapterRef:
-    """Makes the engine's copy one of this adapter, whole, and the adapter the last one placed."""
-    orchestrator = engine.parts.core.modes.orchestrator
+    """Makes the engine's copy one of this adapter, whole, and the adapter the last one placed; it
+    is measured then, so that it may ride on a later copy, too."""
+    modes = engine.parts.core.modes
     [ref] = [i.ref for i in engine.list_adapters() if i.current and i.ref.name == name]
     few = SamplingParams(max_tokens=2, ignore_eos=True)
     with decided(engine, Decision(merge=ref)):
         while True:
             engine.generate({"prompt_token_ids": [5]}, few, adapter=name, show_progress=False)
-            if orchestrator.copy.usable == ref:
+            if modes.orchestrator.copy.usable == ref and ref in modes.traits._known:
                 return ref
 
 

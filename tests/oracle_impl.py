@@ -76,6 +76,8 @@ class Model:
                 with self._all_rows_are(Mode.UNMERGED, EVERYBODY_UNMERGED):
                     return ask(prompts, rows)
             case Mode.MIXTURE:
+                for name in sorted({name for name in rows if name is not None}):
+                    fold(self.engine, name)  # before it was measured it could not ride
                 ref = fold(self.engine, SPARE)
                 with self._all_rows_are(Mode.MIXTURE, Decision(folded=ref)):
                     return ask(prompts, rows)

@@ -149,13 +149,6 @@ def test_an_update_that_overflows_is_refused():
     }
     of = Traits(Placed(), pools=lambda: huge, base=energies(), events=Events())
     assert not settled(of).mergeable
-    assert of.is_weak(REF)
-
-
-def test_what_is_not_measured_yet_is_not_weak():
-    of = traits(Placed(slot=None), error=1e6)
-    assert not of(REF).mergeable
-    assert not of.is_weak(REF)
 
 
 def test_an_update_larger_than_the_weights_is_refused(caplog):

@@ -83,6 +83,8 @@ def test_rows_on_anothers_copy_compute_the_same_as_on_the_base_weights(engine, m
     rows = [None, "a07_patterns", "a17_lm_head_lora", None]
     load(engine, SPARE, "a07_patterns", "a17_lm_head_lora")
     want = logits(engine, rows)
+    for name in rows[1:3]:
+        fold(engine, name)
     ref = fold(engine, SPARE)
     modes.tokens.clear()
     with decided(engine, Decision(folded=ref)):
@@ -96,6 +98,16 @@ def test_rows_on_anothers_copy_compute_the_same_as_on_the_base_weights(engine, m
 
 def generate(engine, adapters):
     return engine.generate([PROMPT] * len(adapters), GREEDY, adapter=adapters, show_progress=False)
+
+
+def test_who_is_not_measured_yet_does_not_ride_on_anothers_copy(engine, modes):
+    load(engine, SPARE, OTHERS[0])
+    new, ref = fold(engine, OTHERS[0]), fold(engine, SPARE)
+    modes.traits.forget(new)
+    modes.tokens.clear()
+    with decided(engine, Decision(folded=ref)):
+        answer(engine, {"prompt_token_ids": [5] * 8}, adapter=OTHERS[0], max_tokens=1)
+    only(Mode.UNMERGED, modes)
 
 
 def test_answers_do_not_depend_on_when_the_mode_changes(engine, modes):

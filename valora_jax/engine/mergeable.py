@@ -36,7 +36,8 @@ class PlacedAdapters(Protocol):
 class Traits:
     """Measures each version once, on the device, when its arrays are there.
 
-    Until then it counts as one that cannot be merged. Nothing here waits for the device.
+    Until then it counts as one that cannot be merged, nor ride on another's copy. Nothing here
+    waits for the device.
 
     Attributes:
       refused: versions that were too weak or too strong.
@@ -76,10 +77,6 @@ class Traits:
     def warm_up(self) -> None:
         """Compiles the measurement."""
         update_energy(self._decoder_pools(), np.int32(0))
-
-    def is_weak(self, ref: AdapterRef) -> bool:
-        """Whether a version was measured and refused."""
-        return (known := self._known.get(ref)) is not None and not known.mergeable
 
     def forget(self, ref: AdapterRef) -> None:
         """Drops what is known of a version that is gone."""

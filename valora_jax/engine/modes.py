@@ -109,15 +109,16 @@ class Modes:
             # Whom it wants to serve lack something that the others may hold.
             decision = dataclasses.replace(EVERYBODY_UNMERGED, merge=decision.merge)
             plan = scheduler.plan()
-        if decision.folded is not None and plan is not None and self._rides_weak(plan):
+        if decision.folded is not None and plan is not None and self._unmergeable_rides(plan):
             # The scheduler may admit others than the orchestrator foresaw.
             decision = dataclasses.replace(decision, folded=None)
         return plan, decision
 
-    def _rides_weak(self, plan: Plan) -> bool:
-        """Whether some row's adapter would drown in the rounding of merged weights."""
+    def _unmergeable_rides(self, plan: Plan) -> bool:
+        """Whether some row's adapter was refused, or not measured yet and may be: it would drown in
+        the rounding of merged weights."""
         refs = {chunk.request.adapter for chunk in plan.chunks}
-        return any(ref is not None and self.traits.is_weak(ref) for ref in refs)
+        return any(ref is not None and not self.traits(ref).mergeable for ref in refs)
 
     def fold(self, decision: Decision) -> Folded | None:
         """What is in the weights that the step runs on; None for the base weights."""

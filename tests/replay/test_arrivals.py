@@ -84,10 +84,8 @@ def test_traces_are_read_from_json(tmp_path):
         "[]",
         '{"slow": [1]}',
         '{"slow": [{"t": 0}]}',
-        '{"a": [{"t": "x", "adapter": 1}]}',
-        '{"a": [{"t": 0, "adapter": 1, "text": 5, "out": 0}]}',
-        '{"a": [{"t": 0, "adapter": 1, "text": -5, "out": 1}]}',
-        '{"a": [{"t": NaN, "adapter": 1, "text": 5, "out": 1}]}',
+        '{"slow": [{"t": 0, "adapter": 1, "text": 5}]}',
+        pytest.param("[" * 100_000, id="deep"),
     ],
 )
 def test_a_file_of_something_else_is_one_message(tmp_path, text):
@@ -95,6 +93,40 @@ def test_a_file_of_something_else_is_one_message(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"traces\.json holds no traces: .*; want JSON"):
         read_traces(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("t", "x", "seconds from the start"),
+        ("t", True, "seconds from the start"),
+        ("t", -0.5, "seconds from the start"),
+        ("t", math.nan, "seconds from the start"),
+        ("t", math.inf, "seconds from the start"),
+        pytest.param("t", 10**400, "seconds from the start", id="a time without end"),
+        ("adapter", -1, r"null or a whole number in \[0, 1024\)"),
+        ("adapter", 2.7, "null or a whole number"),
+        ("adapter", True, "null or a whole number"),
+        ("adapter", 1024, "null or a whole number"),
+        ("text", 5.9, "a whole number of tokens"),
+        ("text", -5, "a whole number of tokens"),
+        ("out", 0, "a whole number of tokens"),
+        ("out", None, "a whole number of tokens"),
+    ],
+)
+def test_what_a_request_cannot_be_is_named_with_its_place(tmp_path, field, value, wanted):
+    path = tmp_path / "traces.json"
+    row = {"t": 0, "adapter": 1, "text": 5, "out": 1}
+    path.write_text(json.dumps({"slow": [row, row | {field: value}]}))
+    with pytest.raises(ValueError, match=rf"slow\[1\] has {field}=.*, want {wanted}"):
+        read_traces(path)
+
+
+def test_a_file_of_many_requests_may_have_as_many_adapters(tmp_path):
+    path = tmp_path / "traces.json"
+    rows = [{"t": 0, "adapter": i, "text": 5, "out": 1} for i in range(1100)]
+    path.write_text(json.dumps({"a": rows[:1000], "b": rows[1000:]}))
+    assert read_traces(path)["b"][-1].adapter == 1099
 
 
 def test_a_trace_can_come_at_once_and_without_adapters():

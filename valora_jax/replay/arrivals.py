@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import random
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class Lengths:
 
 
 IMAGE_TOKENS = 576  # of LLaVA-1.5
+# A file may be an excerpt, of fewer requests than the adapters that they were drawn from.
+EXCERPT_ADAPTERS = 1024
 
 # The paper's two applications. The few outputs for some frames are a class or a box.
 VISUAL_RETRIEVAL = Lengths(images=1, text=(100, 300), output=(100, 300))
@@ -121,34 +124,51 @@ def make_trace(
 def read_traces(path: Path, *, image_tokens: int = IMAGE_TOKENS) -> dict[str, list[Arrival]]:
     """Reads named traces from JSON: lists of `{"t": s, "adapter": i, "text": n, "out": n}`.
 
-    Every request brings one image of `image_tokens` besides its text; an adapter may be null.
+    Every request brings one image of `image_tokens` besides its text; an adapter may be null. All
+    adapters up to the greatest number are there in a replay, so numbers must be below that of the
+    file's requests, or below `EXCERPT_ADAPTERS`.
 
     Raises:
-      ValueError: the file holds something else.
+      ValueError: the file holds something else; names the first request that is wrong.
       OSError: it cannot be read.
     """
     try:
         traces = json.loads(path.read_text(encoding="utf-8"))
+        adapters = max(sum(len(rows) for rows in traces.values()), EXCERPT_ADAPTERS)
         return {
-            name: sorted((_arrival(row, image_tokens) for row in rows), key=lambda a: a.at_s)
+            name: sorted(
+                (
+                    _arrival(row, f"{name}[{i}]", image_tokens=image_tokens, adapters=adapters)
+                    for i, row in enumerate(rows)
+                ),
+                key=lambda arrival: arrival.at_s,
+            )
             for name, rows in traces.items()
         }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} holds no traces: {type(error).__name__}: {error}; want JSON of the form "
             '{"name": [{"t": 0.5, "adapter": 0, "text": 40, "out": 16}, ...], ...}'
         ) from error
 
 
-def _arrival(row: Mapping[str, Any], image_tokens: int) -> Arrival:
-    adapter, at_s = row["adapter"], float(row["t"])
-    if not 0 <= at_s < math.inf or int(row["text"]) < 1 or int(row["out"]) < 1:
-        raise ValueError(f"{dict(row)} has no time of arrival, or no tokens in or out")
+def _arrival(row: Mapping[str, Any], place: str, *, image_tokens: int, adapters: int) -> Arrival:
+    """One request; `place` is where it stands in the file, for messages."""
+    at_s, adapter, text, out = (row[field] for field in ("t", "adapter", "text", "out"))
+    if type(at_s) not in (int, float) or not 0 <= at_s <= sys.float_info.max:
+        raise ValueError(f"{place} has t={at_s!r}, want seconds from the start, at least 0")
+    if adapter is not None and (type(adapter) is not int or not 0 <= adapter < adapters):
+        raise ValueError(
+            f"{place} has adapter={adapter!r}, want null or a whole number in [0, {adapters})"
+        )
+    for field, tokens in {"text": text, "out": out}.items():
+        if type(tokens) is not int or tokens < 1:
+            raise ValueError(f"{place} has {field}={tokens!r}, want a whole number of tokens, >= 1")
     return Arrival(
-        at_s=at_s,
-        adapter=None if adapter is None else int(adapter),
-        prompt_tokens=int(row["text"]) + image_tokens,
-        output_tokens=int(row["out"]),
+        at_s=float(at_s),
+        adapter=adapter,
+        prompt_tokens=text + image_tokens,
+        output_tokens=out,
         images=1,
     )
 

@@ -9,6 +9,7 @@ from valora_jax.replay import plots, records
 from valora_jax.replay.report import Slo
 from valora_jax.replay.run import run
 from valora_jax.replay.settings import ReplaySettings
+from valora_jax.replay.systems import SimulatedSystem
 
 SWEEP = dict(simulate=True, adapters=(4,), skews=(0.5,), rates=(4.0, 8.0), at_once=True, seconds=2)
 
@@ -92,9 +93,19 @@ def test_plots_are_drawn_from_records(tmp_path):
     assert len(again) == 3
 
 
-def test_settings_that_change_the_figures_are_in_the_names(tmp_path):
+def test_settings_that_change_the_figures_are_in_the_names(tmp_path, monkeypatch):
+    # --simulate takes no --resident.
+    monkeypatch.setattr("valora_jax.replay.run._system", SimulatedSystem)
     path = tmp_path / "records.jsonl"
-    few = dict(output=path, policies=("unmerged",), bound=False, at_once=False, rates=(4.0,))
+    few = dict(
+        simulate=False,
+        shapes="llava-1.5-7b",
+        output=path,
+        policies=("unmerged",),
+        bound=False,
+        at_once=False,
+        rates=(4.0,),
+    )
     for flags in (dict(), dict(seed=1), dict(resident=2), dict(cv=2.0)):
         replayed(**few | flags)
     found = records.read(path)

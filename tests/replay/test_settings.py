@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from valora_jax.config import EngineConfig
 from valora_jax.replay.settings import ENGINE, ReplaySettings
 
 NAN = math.nan
@@ -40,6 +41,8 @@ def test_the_default_sweep_is_in_order():
         ({"capacity": NAN}, "--capacity nan must be positive"),
         ({"cv": NAN}, "--cv nan must be positive"),
         ({"resident": 0}, "--resident 0 must be positive"),
+        ({"resident": 8}, "--resident 8: adapter slots do not run out with --simulate"),
+        ({"engine": EngineConfig(kv_pages=9)}, "--engine.kv-pages 9: key-value pages do not"),
     ],
 )
 def test_a_fault_is_named(flags, fault):

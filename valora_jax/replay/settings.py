@@ -66,7 +66,7 @@ class ReplaySettings:
     targets: Targets = "all"
     """Linears of the decoder that adapters change; "attention" is q, k, v and o."""
     resident: int | None = None
-    """Adapters that the device holds at once; None is all of them."""
+    """Adapters that the device holds at once; None is all of them, as always with --simulate."""
 
     policies: tuple[PolicyName, ...] = POLICIES
     """Policies to compare, each on every trace."""
@@ -116,5 +116,13 @@ class ReplaySettings:
         for flag, values in {"zipf": self.zipf, "seed": (self.seed,)}.items():
             if wrong := [value for value in values if not 0 <= value < math.inf]:
                 yield f"--{flag} {wrong[0]} must be 0 or more, and finite"
+        if self.simulate:
+            endless = {
+                "resident": (self.resident, "adapter slots"),
+                "engine.kv-pages": (self.engine.kv_pages, "key-value pages"),
+            }
+            for flag, (value, what) in endless.items():
+                if value is not None:
+                    yield f"--{flag} {value}: {what} do not run out with --simulate; leave it out"
         if self.engine.max_adapters < 1:
             yield "--engine.max-adapters 0 serves no adapters; leave it out, it follows --adapters"

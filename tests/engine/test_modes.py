@@ -153,10 +153,13 @@ def test_a_merge_goes_on_in_pieces_between_steps(engine, modes):
     assert orchestrator.copy.usable == ref
 
 
-def test_unloading_the_merged_adapter_drops_its_copy(engine, modes):
+def test_unloading_the_merged_adapter_drops_its_copy(engine, modes, caplog):
     load(engine, SPARE)
     ref = fold(engine, SPARE)
-    engine.unload_adapter(SPARE)
+    with caplog.at_level(logging.INFO, logger="valora_jax"):
+        engine.unload_adapter(SPARE)
+    [line] = [record.getMessage() for record in caplog.records]
+    assert f"adapter {SPARE!r} version {ref.version} was unloaded while folded in" in line
     assert modes.orchestrator.copy.adapter is None
     load(engine, SPARE)
     # A policy that still asks for the version that is gone changes nothing.

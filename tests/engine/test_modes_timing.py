@@ -2,6 +2,7 @@
 hears of them."""
 
 import dataclasses
+import logging
 
 import pytest
 
@@ -161,7 +162,13 @@ def told(loop) -> list[tuple]:
     return [(type(event), event.adapter) for event in loop.heard if not isinstance(event, StepRan)]
 
 
-def test_a_merge_is_told_when_it_begins_and_when_it_is_whole(loop):
+@pytest.fixture
+def said(caplog):
+    caplog.set_level(logging.INFO)
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_a_merge_is_told_when_it_begins_and_when_it_is_whole(loop, said):
     loop.orchestrator.costs.merge_ms = 8.0
     for _ in range(3):
         loop.enqueue(merge=HOT)
@@ -169,23 +176,38 @@ def test_a_merge_is_told_when_it_begins_and_when_it_is_whole(loop):
     for _ in range(2):
         loop.enqueue(merge=HOT)
     assert told(loop) == [(MergeBegun, HOT), (MergeWhole, HOT)]
+    loop.enqueue(merge=COLD)
+    assert told(loop)[2:] == [(MergeBegun, COLD)]
+    assert said() == []
 
 
-def test_a_merge_that_another_one_replaces_is_told(loop):
+def test_a_merge_that_another_one_replaces_is_told_and_logged(loop, said):
     loop.orchestrator.costs.merge_ms = 8.0
     loop.enqueue(merge=HOT)
     loop.enqueue(merge=COLD)
     assert told(loop) == [(MergeBegun, HOT), (MergeInterrupted, HOT), (MergeBegun, COLD)]
+    assert said() == [
+        "the merge of adapter 'hot' version 1 was interrupted at 25%: another takes the copy"
+    ]
 
 
-@pytest.mark.parametrize(("chunks", "end"), [(1, MergeInterrupted), (4, MergeWhole)])
-def test_a_version_that_goes_interrupts_its_merge_unless_that_is_whole(loop, chunks, end):
+@pytest.mark.parametrize(
+    ("chunks", "end", "line"),
+    [
+        (1, MergeInterrupted, "the merge of {} was interrupted at 25%: it was unloaded, and the "),
+        (4, MergeWhole, "{} was unloaded while folded in: its copy is dropped, and steps run on "),
+    ],
+)
+def test_a_version_that_goes_takes_its_copy_along(loop, said, chunks, end, line):
     loop.orchestrator.costs.merge_ms = 8.0
     for _ in range(chunks):
         loop.enqueue(merge=HOT)
     loop.modes.forget(COLD)
+    assert said() == []
     loop.modes.forget(HOT)
     assert told(loop) == [(MergeBegun, HOT), (end, HOT)]
+    [got] = said()
+    assert got.startswith(line.format("adapter 'hot' version 1"))
 
 
 def test_a_step_that_ran_tells_its_mode_and_whom_it_served(loop):

@@ -6,6 +6,7 @@ timed as they end on the device, without waiting for it.
 
 import collections
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +24,8 @@ from valora_jax.lora.merged_copy import MergedCopy
 from valora_jax.lora.mode import Mode
 from valora_jax.lora.residency import REPLACED_HEADS
 from valora_jax.models.spec import HEAD_SITE
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -221,12 +224,33 @@ class Modes:
         """Tells what has become of the copy."""
         now = self.orchestrator.copy
         if before.adapter != now.adapter:
-            if isinstance(before.adapter, AdapterRef) and before.usable is None:
-                self._events.send(MergeInterrupted(adapter=before.adapter))
+            if isinstance(before.adapter, AdapterRef):
+                self._tell_of_loss(before.adapter, before)
             if isinstance(now.adapter, AdapterRef):
                 self._events.send(MergeBegun(adapter=now.adapter))
         if isinstance(now.usable, AdapterRef) and now.usable != before.usable:
             self._events.send(MergeWhole(adapter=now.usable))
+
+    def _tell_of_loss(self, ref: AdapterRef, before: Copy) -> None:
+        """Tells that a version has lost the copy, which was like this, to another one or as it
+        went."""
+        gone = self.orchestrator.copy.adapter is None
+        if before.usable is None:
+            self._events.send(MergeInterrupted(adapter=ref))
+            _log.info(
+                "the merge of adapter %r version %d was interrupted at %.0f%%: %s",
+                ref.name,
+                ref.version,
+                100 * before.fraction,
+                "it was unloaded, and the copy is dropped" if gone else "another takes the copy",
+            )
+        elif gone:
+            _log.info(
+                "adapter %r version %d was unloaded while folded in: its copy is dropped, and "
+                "steps run on the base weights",
+                ref.name,
+                ref.version,
+            )
 
     def _time_merge(self, step: _Enqueued, *, ms: float | None) -> None:
         """Takes what a merge's layers and the step after them took; None if that is not known."""

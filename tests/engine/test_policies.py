@@ -106,6 +106,15 @@ class TestDLora:
         half = [Asking("cars")] * 4 + [Asking("planes")] * 4
         assert policy.decide(round_of(*half, copy="cars")) == Decision()
 
+    def test_a_phase_that_did_not_pay_does_not_forbid_the_next(self):
+        policy = DLora(max_wait_s=0.5)
+        policy._leave = 0.6
+        cars = [Asking("cars")] * 8
+        policy.decide(round_of(*cars, copy="cars"))
+        half = [Asking("cars")] * 4 + [Asking("planes")] * 4
+        assert policy.decide(round_of(*half, copy="cars")) == Decision()
+        assert policy.decide(round_of(*cars, copy="cars")).folded == "cars"
+
     def test_who_is_held_back_earns_credit_until_it_is_served_first(self):
         policy = DLora(max_wait_s=0.1)
         policy._leave = 0.6

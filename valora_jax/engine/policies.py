@@ -88,8 +88,9 @@ class DLora:
     what either way would have served a second. An adapter that is held back earns credit from the
     one that runs; from an upper mark of credit on nobody merges until it fell below the lower one.
 
-    Unlike in dLoRA, requests go on unmerged while the copy is filled, the marks are times, and
-    credit is paid back in unmerged steps: there it stayed, and forbade merging for good.
+    Unlike in dLoRA, requests go on unmerged while the copy is filled, the marks are times, `enter`
+    stays at most 1, which it starts from, and credit is paid back in unmerged steps: there both
+    could forbid merging for good.
     """
 
     _ADD, _MULTIPLY = 0.05, 1.1
@@ -194,7 +195,8 @@ class DLora:
             if merged_rate > unmerged_rate:
                 self._enter = max(self._enter - self._ADD, self._leave + self._ADD)
             else:
-                self._enter *= self._MULTIPLY
+                # No batch has more than all of it, and only a merged phase moves this back down.
+                self._enter = min(self._enter * self._MULTIPLY, 1.0)
         elif merged_rate > unmerged_rate:
             self._leave /= self._MULTIPLY
         else:

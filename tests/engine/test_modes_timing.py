@@ -75,7 +75,9 @@ class Loop:
         self.learnt = []
         self.orchestrator.costs.observe = lambda load, ms: self.learnt.append(ms)
 
-    def enqueue(self, *, merge=None, adapter=None, folded=None, compiled=False):
+    def enqueue(self, *, merge=None, adapter=None, folded=None, compiled=False, host_ms=0.0):
+        began_s = self.now_s
+        self.now_s += host_ms / 1e3
         request = Request(
             id="r", prompt_token_ids=[1, 2, 3], params=SamplingParams(), adapter=adapter
         )
@@ -84,6 +86,7 @@ class Loop:
             plan,
             Decision(folded=folded, merge=merge),
             folded=None if folded is None else Folded(slot=2, changes_head=False),
+            began_s=began_s,
             compiled=compiled,
         )
 
@@ -112,13 +115,13 @@ def test_a_step_takes_from_the_end_of_the_one_before_to_its_own(loop):
     assert loop.orchestrator.seconds[Mode.UNMERGED] == pytest.approx(0.013)
 
 
-def test_a_step_after_a_pause_takes_from_when_it_was_enqueued(loop):
+def test_a_step_after_a_pause_takes_from_when_the_host_began_with_it_and_its_images(loop):
     loop.enqueue()
     loop.read(after_ms=5)
     loop.now_s += 10
-    loop.enqueue()
+    loop.enqueue(host_ms=3)
     loop.read(after_ms=4)
-    assert loop.learnt == pytest.approx([5, 4])
+    assert loop.learnt == pytest.approx([5, 7])
 
 
 def test_what_ended_before_it_was_read_teaches_nothing_nor_does_the_step_that_followed_it(loop):

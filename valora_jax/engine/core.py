@@ -148,7 +148,7 @@ class EngineCore:
         return failed
 
     def _enqueue(self, plan: Plan, decision: Decision) -> None:
-        traces = self._runner.traces
+        began_s, traces = self._clock(), self._runner.traces
         self._encode_images()
         for chunk in plan.chunks:
             self._count_tokens(chunk.request)
@@ -156,7 +156,7 @@ class EngineCore:
         self._in_flight.append(self._runner.execute(plan, folded))
         if self.modes:
             compiled = self._runner.traces > traces
-            self.modes.enqueued(plan, decision, folded=folded, compiled=compiled)
+            self.modes.enqueued(plan, decision, folded=folded, began_s=began_s, compiled=compiled)
         now_s = self._clock()
         for chunk in plan.chunks:
             chunk.request.waiting_since_s = now_s

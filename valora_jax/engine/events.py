@@ -118,9 +118,8 @@ class Events:
     """Those who listen to one engine. They may come and go in any thread."""
 
     def __init__(self):
-        self._listeners: tuple[
-            _Listener, ...
-        ] = ()  # replaced, so that a `send` goes on with its own
+        # Replaced and never changed, so that a `send` goes on with its own.
+        self._listeners: tuple[_Listener, ...] = ()
         self._lock = threading.Lock()
 
     @property

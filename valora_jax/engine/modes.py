@@ -48,7 +48,7 @@ class _Enqueued:
     """A step in flight.
 
     Attributes:
-      at_s: when it was enqueued.
+      at_s: when the host began to enqueue it.
       after: the merge of which some layers are enqueued between it and the step before.
       compiled: whether the host compiled something for it.
     """
@@ -134,10 +134,22 @@ class Modes:
         return Folded(slot=slot, changes_head=HEAD_SITE in pages or REPLACED_HEADS in pages)
 
     def enqueued(
-        self, plan: Plan, decision: Decision, *, folded: Folded | None, compiled: bool
+        self,
+        plan: Plan,
+        decision: Decision,
+        *,
+        folded: Folded | None,
+        began_s: float,
+        compiled: bool,
     ) -> None:
-        """Takes note of a step that was enqueued, and enqueues what is to be merged after it."""
-        now_s = self._clock()
+        """Takes note of a step that was enqueued, and enqueues what is to be merged after it.
+
+        Args:
+          plan, decision: of the step.
+          folded: what is in its weights.
+          began_s: when the host began to enqueue it, with the images that it needs.
+          compiled: whether something was compiled for it.
+        """
         adapter = decision.folded if folded is not None else None
         chunks = [(c.request.adapter, c.length) for c in plan.chunks]
         for own, length in chunks:
@@ -150,7 +162,7 @@ class Modes:
                 plan=plan,
                 decision=decision,
                 load=self.orchestrator.load_of(chunks, adapter),
-                at_s=now_s,
+                at_s=began_s,
                 after=self._after,
                 compiled=compiled,
             )

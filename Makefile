@@ -31,7 +31,7 @@ $(HOPPER): requirements/hopper.txt | $(READY)
 
 test: check $(HOPPER) ## The checks, then every test that needs no GPU.
 	$(PYTHON_VENV) -m pytest -m "not gpu" -n 2 --dist loadfile
-	JAX_PLATFORMS=cpu PYTHONPATH=.venv/hopper $(PYTHON_VENV) -m pytest -n 2 \
+	JAX_PLATFORMS=cpu PYTHONPATH=.venv/hopper NEEDS_CUDA_PLUGIN=1 $(PYTHON_VENV) -m pytest -n 2 \
 		tests/pallas_kernels/test_hopper_compile.py
 
 demo: setup ## Builds the demo model (once, in a cache folder) and asks it about pictures.

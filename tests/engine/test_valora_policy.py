@@ -3,10 +3,6 @@
 import dataclasses
 import itertools
 import types
-from unittest import mock
-
-import hypothesis
-import hypothesis.strategies as st
 
 from valora_jax.engine import valora_policy
 from valora_jax.engine.costs import StepCosts, StepTimes
@@ -15,7 +11,7 @@ from valora_jax.engine.rounds import AdapterTraits
 from valora_jax.engine.valora_policy import Valora
 from valora_jax.lora.mode import Mode
 from valora_jax.replay.arrivals import Arrival, make_trace, skewed
-from valora_jax.replay.simulation import Device, Simulation, Step, capacity, step_limits
+from valora_jax.replay.simulation import Device, Simulation, Step, step_limits
 
 LIMITS = step_limits(max_requests=8, max_tokens_per_step=256, tokens_per_image=64)
 # A LoRA that nearly doubles a step, as of dLoRA's measurements (15 ms merged, 27 ms unmerged).
@@ -50,114 +46,6 @@ def steps_of(run: Simulation) -> list[Step]:
 
 def longest_wait_s(run: Simulation) -> float:
     return max(request.longest_wait_s for request in run.requests)
-
-
-def spaced(trace: list[Arrival], *, device: Device, load: float, burst_s: float) -> list[Arrival]:
-    """Puts arrivals off until no stretch of time offers more than `load` of what unmerged steps
-    serve, and `burst_s` of work at once."""
-    served_s, late = 0.0, []
-    for arrival in trace:
-        at_s = max(arrival.at_s, served_s - burst_s)
-        rate = capacity([arrival], device=device, limits=LIMITS, traits=traits)
-        served_s = max(served_s, at_s) + 1 / (load * rate)
-        late.append(dataclasses.replace(arrival, at_s=at_s))
-    return late
-
-
-devices = st.builds(
-    lambda step_ms, lora_ms, page_ms, merge_ms, noise: Device(
-        times=StepTimes(step_ms=step_ms, lora_ms=lora_ms, page_ms=page_ms),
-        merge_ms=merge_ms,
-        noise=noise,
-    ),
-    step_ms=st.sampled_from([2.0, 5.0, 15.0]),
-    lora_ms=st.sampled_from([0.3, 12.0, 30.0]),
-    page_ms=st.sampled_from([0.03, 0.3]),
-    merge_ms=st.sampled_from([4.0, 10.0, 40.0]),
-    noise=st.sampled_from([0.0, 0.05]),
-)
-# Whose request comes next: mostly one's, one's and then another's, one stranger to a hot adapter.
-whose = st.one_of(
-    st.lists(st.sampled_from([0] * 8 + [1, 2, 3, None]), min_size=5, max_size=30),
-    st.builds(
-        lambda blocks: [a for a, n in blocks for _ in range(n)],
-        st.lists(st.tuples(st.sampled_from([0, 2, 3]), st.integers(1, 8)), min_size=1, max_size=4),
-    ),
-    st.builds(
-        lambda before, stranger, after: [0] * before + [stranger] + [0] * after,
-        st.integers(1, 20),
-        st.sampled_from([1, 2, None]),
-        st.integers(1, 20),
-    ),
-)
-
-
-@st.composite
-def traces(draw) -> list[Arrival]:
-    owners = draw(whose)
-    sizes = st.tuples(st.sampled_from([1, 3, 20, 100, 300]), st.sampled_from([1, 2, 10, 40]))
-    gaps = st.sampled_from([0.0, 0.0, 0.003, 0.05, 0.3])
-    rows = draw(st.lists(st.tuples(gaps, sizes), min_size=len(owners), max_size=len(owners)))
-    times = itertools.accumulate(gap for gap, _ in rows)
-    return [
-        Arrival(at_s=at_s, adapter=adapter, prompt_tokens=prompt, output_tokens=output)
-        for at_s, adapter, (_, (prompt, output)) in zip(times, owners, rows, strict=True)
-    ]
-
-
-offers = dict(
-    trace=traces(),
-    device=devices,
-    load=st.sampled_from([0.5, 0.9]),
-    theta_s=st.sampled_from([0.1, 0.3, 1.0]),
-    burst=st.sampled_from([0.0, 0.3]),
-)
-
-
-@hypothesis.settings(max_examples=2000)
-@hypothesis.given(**offers)
-def test_nobody_waits_longer_than_theta_and_a_step(trace, device, load, theta_s, burst):
-    check_wait(trace, device, load, theta_s, burst)
-
-
-@hypothesis.settings(max_examples=300)
-@hypothesis.given(**offers)
-def test_theta_alone_bounds_the_wait(trace, device, load, theta_s, burst):
-    with mock.patch.object(valora_policy, "_hold_back", for_ever):
-        check_wait(trace, device, load, theta_s, burst)
-
-
-def for_ever(some_ms, everybody_ms, held):
-    """In place of what would pay: all steps but those that theta asks for."""
-    return 10**6, some_ms / 2
-
-
-def check_wait(trace, device, load, theta_s, burst) -> None:
-    trace = spaced(trace, device=device, load=load, burst_s=burst * theta_s)
-    run = simulation(trace, device=device, traits=traits, max_wait_s=theta_s)
-    longest_s = 0.0
-    for step in iter(run.step, None):
-        longest_s = max(longest_s, (step.ms + LIMITS.merge_chunk_ms) / 1e3)
-        assert WEAK not in {r.adapter for r in step.requests} or step.decision.folded is None
-    wait_s = longest_wait_s(run)
-    # Requests that come together may want more rows than there are: nobody could serve them.
-    hypothesis.assume(wait_s <= theta_s + longest_s or keeps_up(trace, device, theta_s / 2))
-    assert wait_s <= theta_s + longest_s
-    assert all(request.finished_s is not None for request in run.requests)
-
-
-def keeps_up(trace, device, wait_s) -> bool:
-    """Whether first come, first served, with everybody unmerged, lets nobody wait so long."""
-    run = Simulation(trace, Unmerged(), device=device, limits=LIMITS, traits=traits).run()
-    return longest_wait_s(run) <= wait_s
-
-
-def test_of_those_who_wait_the_last_is_served_by_theta():
-    prompts = [Arrival(at_s=1.0, adapter=2, prompt_tokens=250, output_tokens=1)] * 6
-    with mock.patch.object(valora_policy, "_hold_back", for_ever):
-        run = simulation(arrivals(*[(0.0, 0, 400)] * 2) + prompts, max_wait_s=0.5)
-        steps_of(run)
-    assert 0.4 < longest_wait_s(run) < 0.5
 
 
 def test_one_request_of_many_is_served_every_few_steps_where_lora_is_heavy():

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from valora_jax.engine.engine import Engine
 from valora_jax.engine.policies import make_policy
@@ -41,6 +41,22 @@ class Restless:
             case 1 if usable is not None:
                 return Decision(folded=usable, only=frozenset([usable]), merge=merge)
         return Decision(merge=merge)
+
+    def forget(self, adapter: Adapter) -> None:
+        pass
+
+
+@dataclasses.dataclass
+class Turns:
+    """Folds in one after the other, the next as soon as one is whole; steps run on whole ones."""
+
+    refs: Sequence[AdapterRef]
+    turn: int = 0
+
+    def decide(self, round: Round) -> Decision:
+        usable = round.copy.usable
+        self.turn += usable == self.refs[self.turn % len(self.refs)]
+        return Decision(folded=usable, merge=self.refs[self.turn % len(self.refs)])
 
     def forget(self, adapter: Adapter) -> None:
         pass

@@ -16,7 +16,7 @@ from tests.engine.engines import (
     load,
     with_images,
 )
-from tests.fixed_policy import Restless, decided, fold, ruled_by
+from tests.fixed_policy import Restless, Turns, decided, fold, ruled_by
 from valora_jax.engine.engine import Engine
 from valora_jax.engine.events import (
     AdapterEvicted,
@@ -28,6 +28,7 @@ from valora_jax.engine.events import (
 )
 from valora_jax.engine.rounds import Decision
 from valora_jax.engine.sampling_params import SamplingParams
+from valora_jax.lora.merged_copy import MergedCopy
 from valora_jax.lora.mode import Mode
 from valora_jax.lora.residency import REPLACED_HEADS
 
@@ -128,6 +129,29 @@ def test_answers_do_not_depend_on_when_the_mode_changes(engine, modes):
         assert tokens() == want
     assert modes.orchestrator.switches > switches + 3
     assert all(modes.tokens[mode] > 0 for mode in Mode)
+
+
+def test_hundreds_of_whole_changes_leave_no_trace(engine, modes):
+    """The copy that served meanwhile is bit for bit one that is filled for the first time."""
+    names = [SPARE, *OTHERS[:2]]
+    load(engine, *names)
+    refs = [fold(engine, name) for name in names]
+    modes.orchestrator.costs.merge_ms = 1.0  # so quick that each step has a whole one
+    params = dataclasses.replace(GREEDY, max_tokens=150)
+    with ruled_by(engine, Turns(refs)):
+        for _ in range(2):
+            engine.generate([PROMPT] * 3, params, adapter=names, show_progress=False)
+        assert modes.orchestrator.switches > 200
+        assert modes.orchestrator.interrupted == 0
+    copy, pools, f32 = modes.copy, modes._pools(), np.dtype(np.float32)
+    linears = [linear for _, group in copy._groups for linear in group]
+    fresh = MergedCopy(copy._base, linears, implementation=copy._implementation)
+    for nth in range(fresh.layers):
+        fresh.fill(nth, pools, slot=engine.parts.core.adapters.slot_of(refs[0]))
+    fold(engine, names[0])
+    for got, want in zip(copy.leaves(f32), fresh.leaves(f32), strict=True):
+        np.testing.assert_array_equal(np.array(got), np.array(want))
+    modes.orchestrator.costs.merge_ms = 10.0
 
 
 def test_a_merge_goes_on_in_pieces_between_steps(engine, modes):

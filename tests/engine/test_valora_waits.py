@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import math
 from unittest import mock
 
 import hypothesis
@@ -89,7 +90,7 @@ offers = dict(
 
 def for_ever(some_ms, everybody_ms, held):
     """In place of what would pay: all steps but those that theta asks for."""
-    return 10**6, some_ms / 2
+    return valora_policy._Way(token_ms=some_ms / 2, patience_s=math.inf)
 
 
 # What pays lets nobody wait near as long as theta: only where it never ends does theta show.
@@ -103,7 +104,8 @@ def test_nobody_waits_longer_than_theta_and_a_step(hold_back, examples):
         trace = spaced(trace, device=device, load=load, burst_s=burst * theta_s)
         kept[keeps(trace, device=device, theta_s=theta_s)] += 1
 
-    with mock.patch.object(valora_policy, "_hold_back", hold_back or valora_policy._hold_back):
+    hold_back = hold_back or valora_policy._in_every_kth
+    with mock.patch.object(valora_policy, "_in_every_kth", hold_back):
         offered()
     assert kept[False] <= 0.01 * kept[True]
 
@@ -153,7 +155,7 @@ def keeps(trace, *, device, theta_s) -> bool:
 
 def test_of_those_who_wait_the_last_is_served_by_theta():
     prompts = [Arrival(at_s=1.0, adapter=2, prompt_tokens=250, output_tokens=1)] * 6
-    with mock.patch.object(valora_policy, "_hold_back", for_ever):
+    with mock.patch.object(valora_policy, "_in_every_kth", for_ever):
         run = simulation(arrivals(*[(0.0, 0, 400)] * 2) + prompts, max_wait_s=0.5)
         steps_of(run)
     assert 0.4 < longest_wait_s(run) < 0.5

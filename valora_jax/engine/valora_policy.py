@@ -29,24 +29,36 @@ _RETURN = 2.0  # gain of a merge in units of its cost and of the gain that it gi
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Way:
+    """One of the ways to serve some and let the others wait.
+
+    Attributes:
+      token_ms: mean time of a request's token.
+      patience_s: how long the others wait.
+      row_patience_s: the same while requests wait for their rows.
+    """
+
+    token_ms: float
+    patience_s: float = 0.0
+    row_patience_s: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Choice:
     """The best use of one copy.
 
     Attributes:
       everybody: serves all.
       everybody_ms: time of that step.
-      some: serves those who gain, the others after `patience_s`; None if that does not pay.
-      row_patience_s: the same while requests wait for the rows of those who are held back.
-      token_ms: mean time of a request's token.
-      unmerged_ms: of everybody's step without a copy.
+      some: serves those who gain; None if that does not pay.
+      way: to do so, or to serve everybody.
+      unmerged_ms: time of everybody's step without a copy.
     """
 
     everybody: Decision
     everybody_ms: float
     some: Decision | None = None
-    patience_s: float = 0.0
-    row_patience_s: float = 0.0
-    token_ms: float
+    way: _Way
     unmerged_ms: float
 
 
@@ -102,7 +114,7 @@ class Valora:
         best = _Choice(
             everybody=everybody,
             everybody_ms=everybody_ms,
-            token_ms=everybody_ms,
+            way=_Way(token_ms=everybody_ms),
             unmerged_ms=unmerged_ms,
         )
         for some in _some(chunks, folded, weak):
@@ -110,26 +122,38 @@ class Valora:
             if not served or len(served) == len(chunks):
                 continue
             some_ms = round.estimate_ms(served, folded)
-            period, token_ms = _hold_back(some_ms, everybody_ms, 1 - len(served) / len(chunks))
-            patience_s, row_patience_s = (period - 1) * some_ms / 1e3, 0.0
-            if (once_ms := some_ms + _decode_later_ms(round, chunks, some, folded)) < token_ms:
-                token_ms, patience_s, row_patience_s = once_ms, self._max_wait_s, some_ms / 1e3
-            if token_ms < min(best.token_ms, (1 - _LEAST_GAIN) * everybody_ms):
-                best = dataclasses.replace(
-                    best,
-                    some=Decision(folded=folded, only=some),
-                    patience_s=patience_s,
-                    row_patience_s=row_patience_s,
-                    token_ms=token_ms,
-                )
+            way = min(
+                _in_every_kth(some_ms, everybody_ms, 1 - len(served) / len(chunks)),
+                self._one_later(round, chunks, some, folded, some_ms=some_ms),
+                key=lambda way: way.token_ms,
+            )
+            if way.token_ms < min(best.way.token_ms, (1 - _LEAST_GAIN) * everybody_ms):
+                only = Decision(folded=folded, only=some)
+                best = dataclasses.replace(best, some=only, way=way)
         return best
+
+    def _one_later(
+        self,
+        round: Round,
+        chunks: Chunks,
+        some: frozenset[Adapter | None],
+        folded: Adapter | None,
+        *,
+        some_ms: float,
+    ) -> _Way:
+        """Those who are not of `some` decode in a later step."""
+        return _Way(
+            token_ms=some_ms + _decode_later_ms(round, chunks, some, folded),
+            patience_s=self._max_wait_s,
+            row_patience_s=some_ms / 1e3,
+        )
 
     def _starves(self, round: Round, choice: _Choice, *, merging: bool) -> bool:
         """Whether one of those whom `choice.some` leaves out must not wait any more."""
         assert choice.some is not None
         # Who is held back keeps its row: where rows are short, others wait for it in turn.
         rows_short = len(round.running) + len(round.waiting) > round.limits.max_requests
-        patience_s = choice.row_patience_s if rows_short else choice.patience_s
+        patience_s = choice.way.row_patience_s if rows_short else choice.way.patience_s
         step_s = choice.everybody_ms / 1e3
         chunk_s = round.limits.merge_chunk_ms / 1e3 if merging else 0.0
         tokens = 0
@@ -149,10 +173,10 @@ class Valora:
         rival, present = _rival(round, chunks), {adapter for adapter, _ in chunks}
         self._gains.move_to(round.now_s)
         if round.copy.usable is not None:
-            self._gains.add(round.copy.usable, choice.unmerged_ms - choice.token_ms)
+            self._gains.add(round.copy.usable, choice.unmerged_ms - choice.way.token_ms)
         if rival is not None:
             alone = self._best(round, chunks, rival)
-            self._gains.add(rival, alone.unmerged_ms - alone.token_ms)
+            self._gains.add(rival, alone.unmerged_ms - alone.way.token_ms)
         begun = round.copy.adapter if round.copy.usable is None else None
         if begun is not None and begun in present:  # None is the base model's, too
             return begun
@@ -203,11 +227,12 @@ def _some(
     return some
 
 
-def _hold_back(some_ms: float, everybody_ms: float, held: float) -> tuple[int, float]:
-    """The best number of steps in which everybody is served once, and a token's mean time."""
+def _in_every_kth(some_ms: float, everybody_ms: float, held: float) -> _Way:
+    """The share `held` of the requests is served in one step of the best number only."""
     extra_ms = max(everybody_ms - some_ms, 0.0)
     period = max(round(math.sqrt(extra_ms * (1 - held) / (some_ms * held))), 1)
-    return period, (period * some_ms + extra_ms) * ((1 - held) / period + held)
+    token_ms = (period * some_ms + extra_ms) * ((1 - held) / period + held)
+    return _Way(token_ms=token_ms, patience_s=(period - 1) * some_ms / 1e3)
 
 
 def _decode_later_ms(

@@ -279,9 +279,9 @@ def test_steps_are_timed_unless_something_was_compiled_for_them(engine, modes, m
         runner._functions.traces += len(told) == 1
         return execute(plan, folded)
 
-    def hearing(plan, decision, *, folded, compiled):
-        told.append(compiled)
-        enqueued(plan, decision, folded=folded, compiled=compiled)
+    def hearing(*step, **how):
+        told.append(how["compiled"])
+        enqueued(*step, **how)
 
     monkeypatch.setattr(runner, "execute", compiling)
     monkeypatch.setattr(modes, "enqueued", hearing)

@@ -247,7 +247,7 @@ class Modes:
         """Tells that a version has lost the copy, which was like this, to another one or as it
         went."""
         gone = self.orchestrator.copy.adapter is None
-        if before.usable is None:
+        if before.begun is not None:
             self._events.send(MergeInterrupted(adapter=ref))
             _log.info(
                 "the merge of adapter %r version %d was interrupted at %.0f%%: %s",

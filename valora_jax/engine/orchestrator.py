@@ -141,4 +141,4 @@ class Orchestrator:
         self._policy.forget(adapter)
 
     def _interrupt(self) -> None:
-        self.interrupted += self.copy.adapter is not None and self.copy.usable is None
+        self.interrupted += self.copy.begun is not None

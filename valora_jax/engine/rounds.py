@@ -79,6 +79,11 @@ class Copy:
         """The adapter that a step may run with."""
         return self.adapter if self.fraction >= 1 else None
 
+    @property
+    def begun(self) -> Adapter | None:
+        """The adapter of which only a part is filled; nobody's copy has none."""
+        return self.adapter if self.usable is None else None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:

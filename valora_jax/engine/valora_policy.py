@@ -177,8 +177,7 @@ class Valora:
         if rival is not None:
             alone = self._best(round, chunks, rival)
             self._gains.add(rival, alone.unmerged_ms - alone.way.token_ms)
-        begun = round.copy.adapter if round.copy.usable is None else None
-        if begun is not None and begun in present:  # None is the base model's, too
+        if (begun := round.copy.begun) is not None and begun in present:  # None is the base model's
             return begun
         if rival is None:
             return None

@@ -13,7 +13,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 from rich.console import Console
@@ -21,12 +21,16 @@ from rich.table import Table
 
 from benchmarks.results import append, device, results_file
 from valora_jax.config import PolicyName
+from valora_jax.engine.adapters import LOOKAHEAD_REQUESTS
+from valora_jax.engine.events import Events
 from valora_jax.engine.kv_blocks import KVBlocks
+from valora_jax.engine.mergeable import Traits
+from valora_jax.engine.modes import Modes
 from valora_jax.engine.orchestrator import Orchestrator
 from valora_jax.engine.plan import Plan
 from valora_jax.engine.policies import make_policy
 from valora_jax.engine.request import Request
-from valora_jax.engine.rounds import Decision
+from valora_jax.engine.rounds import Adapter, AdapterTraits, Decision
 from valora_jax.engine.sampling_params import SamplingParams
 from valora_jax.engine.scheduler import Scheduler
 from valora_jax.lora.host_store import AdapterRef
@@ -39,7 +43,6 @@ REFS = [AdapterRef(name=f"adapter{i}", version=1) for i in range(ADAPTERS)]
 ROWS = 64
 PLACES = 32  # of adapters on the device
 NEED = {"decoder.q": math.ceil(RANK_64.pages)}
-LOOKAHEAD = 32  # waiting requests whose adapters are fetched, as in the engine
 PROMPT_TOKENS, OUTPUT_TOKENS = 640, 60
 WARM_UP_ROUNDS, ROUNDS = 100, 500
 AIM_MS = 1.0
@@ -56,7 +59,7 @@ class Places:
 
     def prefetch(self, waiting: Iterable[Request]) -> None:
         """Does what the engine does before a step, see `EngineAdapters.prefetch`."""
-        refs = [request.adapter for request in itertools.islice(waiting, LOOKAHEAD)]
+        refs = [request.adapter for request in itertools.islice(waiting, LOOKAHEAD_REQUESTS)]
         wanted = dict.fromkeys(ref for ref in refs if ref is not None)
         self.residency.want(wanted)
         for ref in wanted:
@@ -73,6 +76,19 @@ class Places:
     def release(self, request: Request) -> None:
         assert request.adapter is not None
         self.residency.release(request.adapter)
+
+    def pages(self, ref: AdapterRef) -> Mapping[str, int]:
+        return NEED
+
+    def slot_of(self, ref: AdapterRef) -> int | None:
+        return self.residency.slot_of(ref)
+
+
+class Measured(Traits):
+    """Traits of adapters of rank 64, all measured and fit to be merged."""
+
+    def __call__(self, ref: Adapter) -> AdapterTraits:
+        return RANK_64
 
 
 class Case:
@@ -95,25 +111,29 @@ class Case:
             max_request_tokens=2048,
             gates=[self.places],
         )
+        how = dict(pools=dict, events=Events())
+        traits = Measured(self.places, base=None, **how)
         self._orchestrator = Orchestrator(
-            make_policy(policy, max_wait_s=0.5),
-            limits=limits,
-            traits=dict.fromkeys(REFS, RANK_64).__getitem__,
+            make_policy(policy, max_wait_s=0.5), limits=limits, traits=traits
+        )
+        self._now_s = 0.0
+        self._modes = Modes(
+            self._orchestrator,
+            traits,
+            self.places,
+            None,
+            merge_chunk_ms=limits.merge_chunk_ms,
+            clock=lambda: self._now_s,
+            **how,
         )
         self._requests = _requests(spread)
-        self._now_s = 0.0
         self._refill()
 
     def round(self) -> tuple[float, Plan]:
         """Milliseconds of a round, and what it planned; the step follows, untimed."""
         start_s = time.perf_counter()
-        scheduler, orchestrator = self.scheduler, self._orchestrator
-        self.places.prefetch(scheduler.waiting)
-        running = [request for request in scheduler.running if not request.outputs_planned]
-        decision = orchestrator.decide(self._now_s, running, scheduler.waiting)
-        plan = scheduler.plan(decision.serves)
-        if plan is None:  # as the engine goes on where nobody of those has a place
-            plan = scheduler.plan()
+        self.places.prefetch(self.scheduler.waiting)
+        plan, decision = self._modes.plan(self.scheduler)
         ms = 1e3 * (time.perf_counter() - start_s)
         assert plan is not None
         self._run(plan, decision)

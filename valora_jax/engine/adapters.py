@@ -30,7 +30,7 @@ type LinearOf = Callable[[str, int], Linear]
 
 # Waiting requests whose adapters are kept or fetched. More would seldom run before they are asked
 # for again.
-_LOOKAHEAD_REQUESTS = 32
+LOOKAHEAD_REQUESTS = 32
 # Whoever waits for a step holds the engine's lock, and others may bring requests meanwhile.
 _WAIT_S = 0.01
 
@@ -212,7 +212,7 @@ class EngineAdapters:
         Args:
           requests: all that wait, in their order.
         """
-        first = itertools.islice(requests, _LOOKAHEAD_REQUESTS)
+        first = itertools.islice(requests, LOOKAHEAD_REQUESTS)
         wanted = dict.fromkeys(r.adapter for r in first if r.adapter is not None)
         self.residency.want(wanted)
         self._bring()

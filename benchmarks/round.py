@@ -142,7 +142,7 @@ class Case:
     def _run(self, plan: Plan, decision: Decision) -> None:
         """Lets the step end, and as many come as were admitted."""
         chunks = [(chunk.request.adapter, chunk.length) for chunk in plan.chunks]
-        load = self._orchestrator.load_of(chunks, decision.folded)
+        load = self._orchestrator.load_of(chunks, decision.folded, images=0)
         self._now_s += self._orchestrator.costs.estimate_ms(load) / 1e3
         if decision.merge is not None:
             self._orchestrator.copied(decision.merge, 1.0)

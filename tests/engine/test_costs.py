@@ -20,7 +20,12 @@ SLOW = StepTimes(
 
 
 def load_of(
-    *, decodes: int = 0, prompt_tokens: int = 0, adapters: int = 0, mode: Mode = Mode.UNMERGED
+    *,
+    decodes: int = 0,
+    prompt_tokens: int = 0,
+    images: int = 0,
+    adapters: int = 0,
+    mode: Mode = Mode.UNMERGED,
 ) -> StepLoad:
     """A step of rank-64 adapters whose requests share them evenly."""
     return StepLoad(
@@ -28,6 +33,7 @@ def load_of(
         mode=mode,
         decodes=decodes,
         prompt_tokens=prompt_tokens,
+        images=images,
         pages=4.0 * adapters,
         token_pages=4.0 * (decodes + prompt_tokens) if adapters else 0.0,
     )
@@ -54,6 +60,19 @@ def taught(times: StepTimes, *, steps: int, lora_always: bool = False, noise: fl
 def test_the_first_guess_is_an_h100_with_a_7b_model(decodes, adapters, measured_ms):
     load = load_of(decodes=decodes, adapters=adapters)
     assert StepCosts().estimate_ms(load) == pytest.approx(measured_ms, rel=0.03)
+
+
+def test_a_prompt_with_an_image_is_guessed_and_what_images_take_is_learnt():
+    load = load_of(prompt_tokens=640, images=1)
+    costs = StepCosts()
+    assert costs.estimate_ms(load) == pytest.approx(18.0, rel=0.03)
+    for _ in range(100):
+        for images in range(4):
+            load = load_of(decodes=4, prompt_tokens=1280, images=images)
+            costs.observe(load, 30.0 + 5.0 * images)
+    for images in range(4):
+        load = load_of(decodes=4, prompt_tokens=1280, images=images)
+        assert costs.estimate_ms(load) == pytest.approx(30.0 + 5.0 * images, rel=0.02)
 
 
 def test_another_device_is_learnt_from_its_steps():

@@ -296,6 +296,17 @@ def test_steps_are_timed_unless_something_was_compiled_for_them(engine, modes, m
     assert sum(modes.orchestrator.seconds.values()) > 0
 
 
+def test_images_count_in_the_step_that_they_are_encoded_for(engine):
+    ran = []
+    stop = engine.on_event(ran.append)
+    for numbers in ((71, 72), (72, 73)):
+        answer(engine, with_images("what are these?", *numbers), max_tokens=3)
+    stop()
+    encoded = [step.load.images for step in ran]
+    assert sum(encoded) == 3  # one was known the second time
+    assert encoded[0] == 2
+
+
 def unload_all(engine) -> None:
     for info in engine.list_adapters():
         engine.unload_adapter(info.ref.name)

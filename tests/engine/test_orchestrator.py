@@ -107,7 +107,7 @@ def test_steps_are_counted_by_the_mode_that_they_ran_in():
         ([(None, 1)], "cars"),
     ]
     for chunks, folded in steps:
-        orchestrator.observe(orchestrator.load_of(chunks, folded), 250.0)
+        orchestrator.observe(orchestrator.load_of(chunks, folded, images=0), 250.0)
     assert orchestrator.seconds == {Mode.UNMERGED: 0.25, Mode.MERGED: 0.25, Mode.MIXTURE: 0.5}
 
 
@@ -115,7 +115,7 @@ def test_changes_of_mode_are_counted():
     orchestrator = orchestrator_of()
     base, merged = ([(None, 1)], None), ([("cars", 1)], "cars")
     for chunks, folded in (base, base, merged, base, merged, merged):
-        orchestrator.count(orchestrator.load_of(chunks, folded), 5.0)
+        orchestrator.count(orchestrator.load_of(chunks, folded, images=0), 5.0)
     assert orchestrator.mode_changes == 3
 
 
@@ -123,7 +123,7 @@ def test_another_policy_goes_on_with_the_copy_and_the_counters():
     orchestrator = orchestrator_of()
     orchestrator.copied("cars", 0.5)
     orchestrator.copied("planes", 0.5)
-    orchestrator.observe(orchestrator.load_of([(None, 1)], None), 250.0)
+    orchestrator.observe(orchestrator.load_of([(None, 1)], None, images=0), 250.0)
     orchestrator.set_policy(Says(Decision(merge="cars")))
     assert orchestrator.decide(0.0, [Asking("cars")], []) == Decision(merge="cars")
     assert orchestrator.copy.adapter == "planes"

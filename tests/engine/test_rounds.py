@@ -27,6 +27,7 @@ def load(chunks, folded=None):
     return load_of(
         chunks,
         folded,
+        images=0,
         bucket=LIMITS.bucket,
         traits=lambda adapter: AdapterTraits(pages=PAGES[adapter]),
     )

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import pytest
@@ -15,6 +16,7 @@ ROUND = Device(
         step_ms=10.0,
         decode_ms=0.0,
         prompt_token_ms=0.1,
+        image_ms=0.0,
         lora_ms=5.0,
         prompt_lora_ms=0.0,
         page_ms=0.0,
@@ -113,7 +115,13 @@ def test_capacity_is_what_saturated_unmerged_steps_serve():
 def test_a_device_can_take_what_an_engine_has_learnt():
     costs = StepCosts(merge_ms=7.0)
     load = StepLoad(
-        bucket=None, mode=Mode.UNMERGED, decodes=4, prompt_tokens=0, pages=0.0, token_pages=0.0
+        bucket=None,
+        mode=Mode.UNMERGED,
+        decodes=4,
+        prompt_tokens=0,
+        images=0,
+        pages=0.0,
+        token_pages=0.0,
     )
     for _ in range(100):
         costs.observe(load, 40.0)
@@ -136,6 +144,17 @@ def test_an_outcome_has_all_requests_and_steps():
     outcome = run.outcome()
     assert [s.finished_s for s in outcome.served] == [r.finished_s for r in run.requests]
     assert sum(step.ms for step in outcome.steps) == pytest.approx(1e3 * run.now_s)
+
+
+def test_images_are_encoded_once_before_the_first_chunk_and_count_in_the_capacity():
+    trace = [Arrival(at_s=0.0, adapter=None, prompt_tokens=150, output_tokens=1, images=3)]
+    slow = dataclasses.replace(ROUND, times=dataclasses.replace(ROUND.times, image_ms=20.0))
+    [request] = Simulation(trace, Unmerged(), device=slow, limits=LIMITS).run().requests
+    assert request.finished_s == pytest.approx(0.010 + 0.010 + 0.015 + 3 * 0.020)
+    free_ms, slow_ms = (
+        1e3 / capacity(trace, device=device, limits=LIMITS, traits=None) for device in (ROUND, slow)
+    )
+    assert slow_ms - free_ms == pytest.approx(3 * 20.0)
 
 
 def test_capacity_without_adapters_is_the_largest():

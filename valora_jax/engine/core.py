@@ -149,14 +149,16 @@ class EngineCore:
 
     def _enqueue(self, plan: Plan, decision: Decision) -> None:
         began_s, traces = self._clock(), self._runner.traces
-        self._encode_images()
+        images = self._encode_images()
         for chunk in plan.chunks:
             self._count_tokens(chunk.request)
         folded = self.modes.fold(decision) if self.modes else None
         self._in_flight.append(self._runner.execute(plan, folded))
         if self.modes:
             compiled = self._runner.traces > traces
-            self.modes.enqueued(plan, decision, folded=folded, began_s=began_s, compiled=compiled)
+            self.modes.enqueued(
+                plan, decision, folded=folded, images=images, began_s=began_s, compiled=compiled
+            )
         now_s = self._clock()
         for chunk in plan.chunks:
             chunk.request.waiting_since_s = now_s
@@ -164,7 +166,8 @@ class EngineCore:
             if images and chunk.request.computed >= images[-1].end:
                 self.images.release(chunk.request)
 
-    def _encode_images(self) -> None:
+    def _encode_images(self) -> int:
+        """Enqueues the features that the next step needs, and returns of how many images."""
         new = self.images.take_new()
         self._runner.encode(
             [
@@ -176,6 +179,7 @@ class EngineCore:
                 for image in new
             ]
         )
+        return len(new)
 
     def _count_tokens(self, request: Request) -> None:
         """Once each time that a request with penalties is admitted."""

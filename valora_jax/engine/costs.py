@@ -1,10 +1,11 @@
 """What steps and merges cost on this device, learnt while serving.
 
 A step's time is close to linear in what it does: a fixed part for reading the weights, one for each
-decoding request, one for prompts and one for each of their tokens; with LoRA a fixed part again,
-one for prompts, one for each rank page that is read, one for each token that meets a rank page, and
-one for a mixture. `StepCosts` starts from the figures of one device and follows those of its own;
-what the line misses it corrects for each compiled shape.
+decoding request, one for prompts, one for each of their tokens and one for each image that is
+encoded first; with LoRA a fixed part again, one for prompts, one for each rank page that is read,
+one for each token that meets a rank page, and one for a mixture. `StepCosts` starts from the
+figures of one device and follows those of its own; what the line misses it corrects for each
+compiled shape.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ class StepLoad:
       mode: how adapters are used.
       decodes: requests with one token.
       prompt_tokens: of longer chunks.
+      images: encoded for the step, before it.
       pages: rank pages of a linear, of each distinct adapter that is added or subtracted.
       token_pages: the same of each token, summed over tokens.
     """
@@ -32,6 +34,7 @@ class StepLoad:
     mode: Mode
     decodes: int
     prompt_tokens: int
+    images: int
     pages: float
     token_pages: float
 
@@ -43,6 +46,7 @@ class StepLoad:
             self.decodes,
             float(self.prompt_tokens > 0),
             self.prompt_tokens,
+            self.images,
             float(lora),
             float(lora and self.prompt_tokens > 0),
             self.pages,
@@ -56,15 +60,17 @@ class StepTimes:
     """Milliseconds of a step: one term for each of `StepLoad.features`.
 
     The defaults are LLaVA-1.5-7B in bfloat16 on an H100 (docs/performance.md): steps of 8 and 32
-    decodes of 800 tokens take 6.2 and 10 ms, a first token 16.2 ms; rank-64 adapters (4 pages) add
-    0.44 ms when all share one, 1.2 and 4.2 ms when 8 and 32 requests bring one each, 3 ms to steps
-    with prompts, and a mixture takes 0.44 ms more than an unmerged step that reads as many pages.
+    decodes of 800 tokens take 6.2 and 10 ms, 4,096 tokens of prompts 71 ms, and 640 with an image
+    18 ms; rank-64 adapters (4 pages) add 0.44 ms when all share one, 1.2 and 4.2 ms when 8 and 32
+    requests bring one each, 3 ms to steps with prompts, and a mixture takes 0.44 ms more than an
+    unmerged step that reads as many pages.
     """
 
     step_ms: float = 4.93
     decode_ms: float = 0.158
     prompt_ms: float = 0.0
-    prompt_token_ms: float = 0.0176
+    prompt_token_ms: float = 0.0162
+    image_ms: float = 2.7
     lora_ms: float = 0.32
     prompt_lora_ms: float = 2.0
     page_ms: float = 0.029
@@ -101,13 +107,14 @@ _PRIORS = {
     "decode_ms": _Prior(16, 3.0, 1e-6),
     "prompt_ms": _Prior(1, 3.0, 1e-6),
     "prompt_token_ms": _Prior(640, 3.0, 1e-6),
+    "image_ms": _Prior(1, 3.0, 1e-6),
     "lora_ms": _Prior(1, 1.0, 1e-5),
     "prompt_lora_ms": _Prior(1, 0.3, 1e-5),
     "page_ms": _Prior(32, 0.3, 1e-5),
     "token_page_ms": _Prior(2560, 0.3, 1e-5),
     "mixture_ms": _Prior(1, 0.3, 2e-3),
 }
-_BASE_TERMS = 4  # the first ones; the others are LoRA's
+_BASE_TERMS = 5  # the first ones; the others are LoRA's
 # What the line misses in one compiled shape: factors of the base, of LoRA, and of LoRA once more in
 # a mixture; how far off they may be, and what is forgotten of them, half in 35 steps.
 _FACTORS, _FACTOR_DEVIATIONS, _FACTORS_FORGET = (1.0, 1.0, 0.0), (0.15, 0.3, 0.3), (0.02,) * 3

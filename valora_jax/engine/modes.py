@@ -139,6 +139,7 @@ class Modes:
         decision: Decision,
         *,
         folded: Folded | None,
+        images: int,
         began_s: float,
         compiled: bool,
     ) -> None:
@@ -147,7 +148,8 @@ class Modes:
         Args:
           plan, decision: of the step.
           folded: what is in its weights.
-          began_s: when the host began to enqueue it, with the images that it needs.
+          images: that were encoded for it.
+          began_s: when the host began to enqueue it, with these images.
           compiled: whether something was compiled for it.
         """
         adapter = decision.folded if folded is not None else None
@@ -161,7 +163,7 @@ class Modes:
             _Enqueued(
                 plan=plan,
                 decision=decision,
-                load=self.orchestrator.load_of(chunks, adapter),
+                load=self.orchestrator.load_of(chunks, adapter, images=images),
                 at_s=began_s,
                 after=self._after,
                 compiled=compiled,

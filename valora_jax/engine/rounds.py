@@ -146,8 +146,9 @@ class Round:
         return [(request.adapter, length) for request, length in plan]
 
     def estimate_ms(self, chunks: Chunks, folded: Adapter | None) -> float:
-        """Time of a step of these chunks with `folded` in its weights."""
-        load = load_of(chunks, folded, bucket=self.limits.bucket, traits=self.traits)
+        """Time of a step of these chunks with `folded` in its weights, images aside."""
+        # Images take as long whatever is decided about their adapters.
+        load = load_of(chunks, folded, images=0, bucket=self.limits.bucket, traits=self.traits)
         return self.costs.estimate_ms(load)
 
     def waited_s(self, request: Servable) -> float:
@@ -196,10 +197,11 @@ def load_of(
     chunks: Iterable[tuple[Adapter | None, int]],
     folded: Adapter | None,
     *,
+    images: int,
     bucket: Callable[[int, int], Hashable],
     traits: Callable[[Adapter], AdapterTraits],
 ) -> StepLoad:
-    """What a step of these chunks costs, with `folded` in its weights."""
+    """What a step of these chunks costs, with `folded` in its weights and `images` to encode."""
     decodes = prompt_tokens = 0
     tokens_of: dict[Adapter | None, int] = {}
     for adapter, length in chunks:
@@ -230,6 +232,7 @@ def load_of(
         mode=mode,
         decodes=decodes,
         prompt_tokens=prompt_tokens,
+        images=images,
         pages=pages,
         token_pages=token_pages,
     )

@@ -191,14 +191,16 @@ class Simulation:
         plan = plan_step(decision, self._running, self._waiting, limits=self._limits)
         assert plan, "an orchestrator always serves somebody"
         chunks = [(request.adapter, length) for request, length in plan]
-        load = self.orchestrator.load_of(chunks, decision.folded)
+        admitted = [request for request, _ in plan if request.admitted_s is None]
+        images = sum(request.arrival.images for request in admitted)
+        load = self.orchestrator.load_of(chunks, decision.folded, images=images)
         ms = self._device.times.of(load) * math.exp(self._rng.gauss(0, self._device.noise))
         start_s = self.now_s
         for request, _ in plan:
             waited_s = start_s - request.waiting_since_s
             request.longest_wait_s = max(request.longest_wait_s, waited_s)
-            if request.admitted_s is None:
-                request.admitted_s = start_s
+        for request in admitted:
+            request.admitted_s = start_s
         self.now_s += ms / 1e3
         self._take(plan)
         self.orchestrator.observe(load, ms)
@@ -302,13 +304,14 @@ def capacity(
     counts = collections.Counter(arrival.adapter for arrival in trace)
     share = {adapter: count / len(trace) for adapter, count in counts.items()}
 
-    def step_ms(prompt_tokens: int, prompt_pages: float) -> float:
+    def step_ms(prompt_tokens: int, prompt_pages: float, *, images: int = 0) -> float:
         """Of full rows that decode beside so much of a prompt."""
         load = StepLoad(
             bucket=limits.bucket(rows, prompt_tokens),
             mode=Mode.UNMERGED,
             decodes=rows,
             prompt_tokens=prompt_tokens,
+            images=images,
             pages=sum(pages[a] * (1 - (1 - share[a]) ** rows) for a in counts),
             token_pages=rows * sum(pages[a] * share[a] for a in counts)
             + prompt_tokens * prompt_pages,
@@ -320,9 +323,11 @@ def capacity(
         adapter: max(step_ms(chunk, own) - decodes_ms, 0.0) / chunk
         for adapter, own in pages.items()
     }
+    image_ms = max(step_ms(chunk, 0.0, images=1) - step_ms(chunk, 0.0), 0.0)
     work_ms = sum(
         arrival.output_tokens * decodes_ms / rows
         + arrival.prompt_tokens * prompt_ms[arrival.adapter]
+        + arrival.images * image_ms
         for arrival in trace
     )
     return 1e3 * len(trace) / work_ms

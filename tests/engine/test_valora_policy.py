@@ -119,6 +119,16 @@ def test_who_decodes_later_while_rows_are_short_does_so_in_the_next_step():
     assert not any(one and other for one, other in itertools.pairwise(held))
 
 
+def test_who_decodes_later_does_so_after_a_few_steps_however_many_have_prompts():
+    trace = arrivals(*[(0.0, 0, 600)] * 5, (1.0, 2, 100))
+    trace.append(Arrival(at_s=1.1, adapter=0, prompt_tokens=20_000, output_tokens=2))
+    run = simulation(trace, device=Device(times=StepTimes(prompt_lora_ms=5.0)))
+    steps = [s for s in steps_of(run) if 1.1 < s.start_s < run.requests[5].finished_s]
+    held = [2 not in {request.adapter for request in step.requests} for step in steps]
+    longest = max(len(list(group)) for is_held, group in itertools.groupby(held) if is_held)
+    assert 1 <= longest <= 3
+
+
 def test_two_alike_do_not_flap():
     weights = skewed(2, 0.5)
     trace = make_trace(weights, rate=10.0, requests=300)

@@ -25,6 +25,7 @@ from valora_jax.engine.rounds import EVERYBODY_UNMERGED, Adapter, Chunks, Decisi
 _LEAST_GAIN = 0.02  # of the mean time of a token, below which nobody is held back
 _LEAST_MODE_GAIN = 0.02  # of a step's time, below which the mode stays; estimates err by as much
 _HORIZON_S = 5.0  # how long what a copy would have saved is remembered, and expected to go on
+_LATER_STEPS = 2  # with prompts, for which those who only decode wait at most; more gains nothing
 _RETURN = 2.0  # gain of a merge in units of its cost and of the gain that it gives up
 
 
@@ -124,29 +125,13 @@ class Valora:
             some_ms = round.estimate_ms(served, folded)
             way = min(
                 _in_every_kth(some_ms, everybody_ms, 1 - len(served) / len(chunks)),
-                self._one_later(round, chunks, some, folded, some_ms=some_ms),
+                _one_later(round, chunks, some, folded, some_ms=some_ms),
                 key=lambda way: way.token_ms,
             )
             if way.token_ms < min(best.way.token_ms, (1 - _LEAST_GAIN) * everybody_ms):
                 only = Decision(folded=folded, only=some)
                 best = dataclasses.replace(best, some=only, way=way)
         return best
-
-    def _one_later(
-        self,
-        round: Round,
-        chunks: Chunks,
-        some: frozenset[Adapter | None],
-        folded: Adapter | None,
-        *,
-        some_ms: float,
-    ) -> _Way:
-        """Those who are not of `some` decode in a later step."""
-        return _Way(
-            token_ms=some_ms + _decode_later_ms(round, chunks, some, folded),
-            patience_s=self._max_wait_s,
-            row_patience_s=some_ms / 1e3,
-        )
 
     def _starves(self, round: Round, choice: _Choice, *, merging: bool) -> bool:
         """Whether one of those whom `choice.some` leaves out must not wait any more."""
@@ -232,6 +217,23 @@ def _in_every_kth(some_ms: float, everybody_ms: float, held: float) -> _Way:
     period = max(round(math.sqrt(extra_ms * (1 - held) / (some_ms * held))), 1)
     token_ms = (period * some_ms + extra_ms) * ((1 - held) / period + held)
     return _Way(token_ms=token_ms, patience_s=(period - 1) * some_ms / 1e3)
+
+
+def _one_later(
+    round: Round,
+    chunks: Chunks,
+    some: frozenset[Adapter | None],
+    folded: Adapter | None,
+    *,
+    some_ms: float,
+) -> _Way:
+    """Those who are not of `some` decode in a later step."""
+    return _Way(
+        token_ms=some_ms + _decode_later_ms(round, chunks, some, folded),
+        # Where prompts follow each other, every such step would leave them out.
+        patience_s=_LATER_STEPS * some_ms / 1e3,
+        row_patience_s=some_ms / 1e3,
+    )
 
 
 def _decode_later_ms(

@@ -7,7 +7,13 @@ shared memory or registers, or is larger than what it cuts.
 import dataclasses
 import math
 
-from pallas_kernels.lora_matmul.tiles import LoraTile, power_of_two, refusals
+from pallas_kernels.lora_matmul.tiles import (
+    MOST_EXPAND_STAGES,
+    USUAL_RANKS,
+    LoraTile,
+    power_of_two,
+    refusals,
+)
 from pallas_kernels.lora_matmul.tuned import ITEM_BYTES, LINEAR, LORA
 from pallas_kernels.tuning.search import Ladders
 from pallas_kernels.tuning.shapes import LinearShape
@@ -27,7 +33,6 @@ REGISTERS = 255  # of a thread, at most
 # Addresses, masks and counters of a thread.
 SPARE_REGISTERS = 32
 MOST_SEGMENTS = 32
-USUAL_RANKS = 128  # of an adapter in one linear, rarely more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +75,7 @@ def ladders(task: Task) -> Ladders:
         "expand.blocks": (1, 2, 4, 8, 16),
         "expand.block_ranks": (16, 32, 64, 128),
         "expand.warps": (1, 2, 4, 8),
-        "expand.stages": (1, 2, 3, 5, 7),
+        "expand.stages": range(1, MOST_EXPAND_STAGES + 1),
     }
 
 

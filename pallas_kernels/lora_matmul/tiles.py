@@ -4,6 +4,10 @@ import dataclasses
 import math
 
 SHARED_MEMORY_BYTES = 227 * 1024  # a program's on Hopper
+USUAL_RANKS = 128  # of an adapter in one linear, rarely more
+# More gain nothing where a list is one block of ranks, and of two they take the shared memory of
+# programs beside this one.
+MOST_EXPAND_STAGES = 4
 
 # Streaming multiprocessors by the name of the device; an unknown one gets an H100's number, which
 # is never wrong: it only says how finely to cut.
@@ -110,9 +114,10 @@ def _expand_tile(height: int, row_tiles: int, *, splits: int, multiprocessors: i
     if height < 64 or splits > 1:
         return ExpandTile(block_columns=128, blocks=1, block_ranks=64, warps=4, stages=1)
     # Narrow blocks, so that programs have few registers and many are in flight.
-    if 4 * row_tiles > multiprocessors:
-        return ExpandTile(block_columns=64, blocks=16, block_ranks=64, warps=4, stages=7)
-    return ExpandTile(block_columns=64, blocks=8, block_ranks=64, warps=4, stages=5)
+    blocks = 16 if 4 * row_tiles > multiprocessors else 8
+    return ExpandTile(
+        block_columns=64, blocks=blocks, block_ranks=64, warps=4, stages=MOST_EXPAND_STAGES
+    )
 
 
 def _shrink_tile(
@@ -192,7 +197,8 @@ def refusals(tile: LoraTile, *, itemsize: int) -> list[str]:
 
 
 def shared_memory_bytes(tile: LoraTile, *, itemsize: int) -> dict[str, int]:
-    """Returns how much each kernel takes at most: operands in flight, or the result.
+    """Returns how much each kernel takes at most: operands in flight, or the result; of the expand
+    those of two blocks of ranks.
 
     As Triton did it in jax 0.11.2. Loads of tiles of 64 rows and more stay where they land until
     the matmul instruction has read them, so that each stage has a buffer; below that, the stage
@@ -209,7 +215,7 @@ def shared_memory_bytes(tile: LoraTile, *, itemsize: int) -> dict[str, int]:
     out = rows * expand.block_columns * itemsize
     return {
         "shrink": max(x_and_a * buffers(shrink.stages), rows * shrink.block_ranks * 4),
-        "expand": h + buffers(expand.stages) * b + out,
+        "expand": 2 * (h + buffers(expand.stages) * b) + out,
     }
 
 

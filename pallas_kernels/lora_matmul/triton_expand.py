@@ -183,12 +183,14 @@ class _Tile:
         rows, is_row = self._rows()
         both = [(self._h(rows, is_row, k), *self._ranks(k)) for k in range(2)]
 
-        def step(i, sums):
-            n, k = jax.lax.div(i, 2), jax.lax.rem(i, 2)
-            of_k = [jnp.where(k == 0, *of_both) for of_both in zip(*both, strict=True)]
-            return self._add_block(n, k, sums, *of_k, is_last=k == 1)
+        def write(n, _):
+            first, second = (
+                dot(h_tr, self._b(b_at, is_rank_r, n), contract=(1, 0))
+                for h_tr, b_at, is_rank_r in both
+            )
+            self._store(rows, is_row, n, first + second)
 
-        jax.lax.fori_loop(0, 2 * self.expand.cut.blocks, step, self._zeros())
+        jax.lax.fori_loop(0, self.expand.cut.blocks, write, None)
 
     def write_in_steps(self) -> None:
         """Block by block of the ranks.
@@ -202,21 +204,15 @@ class _Tile:
         def step(state):
             i, sums = state
             n, k = jax.lax.div(i, steps), jax.lax.rem(i, steps)
-            of_k = (self._h(rows, is_row, k), *self._ranks(k))
-            return i + 1, self._add_block(n, k, sums, *of_k, is_last=k == steps - 1)
+            h_tr, b_at, is_rank_r = self._h(rows, is_row, k), *self._ranks(k)
+            product = dot(h_tr, self._b(b_at, is_rank_r, n), contract=(1, 0))
+            sums = jnp.where(k == 0, 0, sums) + product
+            self._store(rows, is_row & (k == steps - 1), n, sums)
+            return i + 1, sums
 
         end = self.expand.cut.blocks * steps
-        jax.lax.while_loop(lambda state: state[0] < end, step, (jnp.int32(0), self._zeros()))
-
-    def _add_block(self, n, k, sums, h_tr, b_at, is_rank_r, *, is_last) -> jax.Array:
-        """Adds block k of the ranks to the sums of columns n, which begin with it at 0."""
-        rows, is_row = self._rows()
-        sums = jnp.where(k == 0, 0, sums) + dot(h_tr, self._b(b_at, is_rank_r, n), contract=(1, 0))
-        self._store(rows, is_row & is_last, n, sums)
-        return sums
-
-    def _zeros(self) -> jax.Array:
-        return jnp.zeros((self.expand.block_rows, self.expand.cut.block_columns), jnp.float32)
+        zeros = jnp.zeros((self.expand.block_rows, self.expand.cut.block_columns), jnp.float32)
+        jax.lax.while_loop(lambda state: state[0] < end, step, (jnp.int32(0), zeros))
 
     def write_row(self) -> None:
         """A tile of one row, without the matmul unit."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from pallas_kernels.lora_matmul import tiles, tiles_linear
 from pallas_kernels.lora_matmul.tiles import (
+    USUAL_RANKS,
     LoraTile,
     fitted,
     lora_tile,
@@ -71,8 +72,13 @@ def lora_tile_for(key: Key, *, block_rows: int, itemsize: int, device: str) -> L
       itemsize: bytes of an element of x and y; nothing was measured for 4.
       device: `jax.Device.device_kind`.
     """
-    measured = _measured(key, height=block_rows, itemsize=itemsize, device=device)
-    return measured or computed_tile(key, block_rows=block_rows, itemsize=itemsize, device=device)
+    of_key = dict(itemsize=itemsize, device=device)
+    tile = _measured(key, height=block_rows, **of_key)
+    tile = tile or computed_tile(key, block_rows=block_rows, **of_key)
+    # Searches meet rank 64 alone, for which half of these programs end at once. Of longer lists,
+    # blocks would be multiplied one after the other.
+    programs = max(tile.shrink.rank_programs, USUAL_RANKS // tile.shrink.block_ranks)
+    return replaced(tile, "shrink.rank_programs", programs)
 
 
 def linear_tile_for(

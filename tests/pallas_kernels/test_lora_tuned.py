@@ -132,6 +132,13 @@ def test_programs_along_the_rows_follow_the_rows(device, monkeypatch):
     assert tile_of_call(monkeypatch, rows=1).row_programs == 1
 
 
+def test_all_blocks_of_128_ranks_have_programs_of_their_own(device, monkeypatch):
+    cut = dict(block_ranks=32, rank_programs=2)
+    shrink = dataclasses.replace(entry(key(512), height=16).tile.shrink, **cut)
+    ship(device, entry(key(512), height=16, shrink=shrink))
+    assert tile_of_call(monkeypatch, rows=512).shrink == replaced(shrink, "rank_programs", 4)
+
+
 def for_mixtures(tile):
     """As a linear of one part takes it."""
     return replaced(tile, "shrink.rank_programs", 2)

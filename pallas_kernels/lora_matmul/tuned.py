@@ -72,9 +72,9 @@ def lora_tile_for(key: Key, *, block_rows: int, itemsize: int, device: str) -> L
       itemsize: bytes of an element of x and y; nothing was measured for 4.
       device: `jax.Device.device_kind`.
     """
-    of_key = dict(itemsize=itemsize, device=device)
-    tile = _measured(key, height=block_rows, **of_key)
-    tile = tile or computed_tile(key, block_rows=block_rows, **of_key)
+    tile = _measured(key, height=block_rows, itemsize=itemsize, device=device)
+    if tile is None:
+        tile = computed_tile(key, block_rows=block_rows, itemsize=itemsize, device=device)
     # Searches meet rank 64 alone, for which half of these programs end at once. Of longer lists,
     # blocks would be multiplied one after the other.
     programs = max(tile.shrink.rank_programs, USUAL_RANKS // tile.shrink.block_ranks)

@@ -303,8 +303,7 @@ def test_images_count_in_the_step_that_they_are_encoded_for(engine):
         answer(engine, with_images("what are these?", *numbers), max_tokens=3)
     stop()
     encoded = [step.load.images for step in ran]
-    assert sum(encoded) == 3  # one was known the second time
-    assert encoded[0] == 2
+    assert [images for images in encoded if images] == [2, 1]  # one was known the second time
 
 
 def unload_all(engine) -> None:

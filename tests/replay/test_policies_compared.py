@@ -16,11 +16,11 @@ from valora_jax.replay.simulation import Device, Simulation, capacity, step_limi
 class BentTimes:
     """A device that the policies' first guess does not meet, nor any line through its steps.
 
-    Prompts take a quarter less than is guessed, LoRA in them half, and every compiled shape has
-    factors of its own for the base, for LoRA, and for LoRA in a mixture.
+    Prompts take a quarter less than is guessed, LoRA in them and images half, and every compiled
+    shape has factors of its own for the base, for LoRA, and for LoRA in a mixture.
     """
 
-    _TIMES = StepTimes(prompt_token_ms=0.0132, prompt_lora_ms=1.0)
+    _TIMES = StepTimes(prompt_token_ms=0.0122, image_ms=2.5, prompt_lora_ms=1.0)
     _DEVIATIONS = (0.08, 0.2, 0.1)
 
     def of(self, load: StepLoad) -> float:

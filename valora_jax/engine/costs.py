@@ -60,17 +60,17 @@ class StepTimes:
     """Milliseconds of a step: one term for each of `StepLoad.features`.
 
     The defaults are LLaVA-1.5-7B in bfloat16 on an H100 (docs/performance.md): steps of 8 and 32
-    decodes of 800 tokens take 6.2 and 10 ms, 4,096 tokens of prompts 71 ms, and 640 with an image
-    18 ms; rank-64 adapters (4 pages) add 0.44 ms when all share one, 1.2 and 4.2 ms when 8 and 32
-    requests bring one each, 3 ms to steps with prompts, and a mixture takes 0.44 ms more than an
-    unmerged step that reads as many pages.
+    decodes of 800 tokens take 6.2 and 10 ms, 4,096 tokens of prompts 71 ms, and an image 5 ms more,
+    the host's part of it included; rank-64 adapters (4 pages) add 0.44 ms when all share one, 1.2
+    and 4.2 ms when 8 and 32 requests bring one each, 3 ms to steps with prompts, and a mixture
+    takes 0.44 ms more than an unmerged step that reads as many pages.
     """
 
     step_ms: float = 4.93
     decode_ms: float = 0.158
     prompt_ms: float = 0.0
     prompt_token_ms: float = 0.0162
-    image_ms: float = 2.7
+    image_ms: float = 5.0
     lora_ms: float = 0.32
     prompt_lora_ms: float = 2.0
     page_ms: float = 0.029

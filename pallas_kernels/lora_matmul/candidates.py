@@ -103,7 +103,8 @@ def registers(tile: LoraTile) -> dict[str, int]:
     shrink_operands = expand_operands = 0
     if rows < 64:  # the matmul instruction of taller tiles reads shared memory
         shrink_operands = (rows + shrink.block_ranks) * shrink.block_k * words
-        expand_operands = (rows + expand.block_columns) * expand.block_ranks * words
+        # Of two blocks of ranks, as longer lists have.
+        expand_operands = 2 * (rows + expand.block_columns) * expand.block_ranks * words
     of_program = {
         "shrink": (sums + shrink_operands, shrink.warps),
         # Sums, and what they are stored as.

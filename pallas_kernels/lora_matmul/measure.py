@@ -20,6 +20,7 @@ import numpy as np
 from pallas_kernels.lora_matmul import triton, triton_linear
 from pallas_kernels.lora_matmul.candidates import Task
 from pallas_kernels.lora_matmul.layout import PAGE_RANKS, LoraPool, RowTiles
+from pallas_kernels.lora_matmul.tiles import for_usual_ranks
 from pallas_kernels.lora_matmul.tuned import LINEAR, LORA
 from pallas_kernels.tuning.compilers import CompileError, Compilers, first_line, load
 from pallas_kernels.tuning.search import Outcome
@@ -153,7 +154,7 @@ def _run_lora(x_TD, _, pools, row_tiles, *, tile, columns: tuple[int, ...], call
             columns=columns,
             E=columns[-1] + pools[-1].b_RE.shape[1],
             dtype=x_TD.dtype,
-            tile=tile,
+            tile=for_usual_ranks(tile),  # as it is looked up
         )
         updates.append(update_TE)
     return updates

@@ -197,8 +197,8 @@ def refusals(tile: LoraTile, *, itemsize: int) -> list[str]:
 
 
 def shared_memory_bytes(tile: LoraTile, *, itemsize: int) -> dict[str, int]:
-    """Returns how much each kernel takes at most: operands in flight, or the result; of the expand
-    those of two blocks of ranks.
+    """Returns how much each kernel takes at most: operands in flight, or the result; the expand
+    both, of two blocks of ranks.
 
     As Triton did it in jax 0.11.2. Loads of tiles of 64 rows and more stay where they land until
     the matmul instruction has read them, so that each stage has a buffer; below that, the stage
@@ -232,6 +232,16 @@ def fitted(tile: LoraTile, *, itemsize: int) -> LoraTile:
     while too_large("expand") and tile.expand.block_columns > 16:
         tile = _with_expand(tile, block_columns=tile.expand.block_columns // 2)
     return tile
+
+
+def for_usual_ranks(tile: LoraTile) -> LoraTile:
+    """Returns a tile with a program for every block of the first 128 ranks of a list.
+
+    Searches meet rank 64 alone, for which half of them end at once. Of longer lists, blocks would
+    be multiplied one after the other.
+    """
+    programs = max(tile.shrink.rank_programs, USUAL_RANKS // tile.shrink.block_ranks)
+    return _with_shrink(tile, rank_programs=programs)
 
 
 def _with_shrink(tile: LoraTile, **changes: int) -> LoraTile:

@@ -7,9 +7,9 @@ from typing import Any
 
 from pallas_kernels.lora_matmul import tiles, tiles_linear
 from pallas_kernels.lora_matmul.tiles import (
-    USUAL_RANKS,
     LoraTile,
     fitted,
+    for_usual_ranks,
     lora_tile,
     multiprocessors,
     refusals,
@@ -75,10 +75,7 @@ def lora_tile_for(key: Key, *, block_rows: int, itemsize: int, device: str) -> L
     tile = _measured(key, height=block_rows, itemsize=itemsize, device=device)
     if tile is None:
         tile = computed_tile(key, block_rows=block_rows, itemsize=itemsize, device=device)
-    # Searches meet rank 64 alone, for which half of these programs end at once. Of longer lists,
-    # blocks would be multiplied one after the other.
-    programs = max(tile.shrink.rank_programs, USUAL_RANKS // tile.shrink.block_ranks)
-    return replaced(tile, "shrink.rank_programs", programs)
+    return for_usual_ranks(tile)
 
 
 def linear_tile_for(

@@ -86,7 +86,7 @@ class Loop:
             plan,
             Decision(folded=folded, merge=merge),
             folded=None if folded is None else Folded(slot=2, changes_head=False),
-            images=0,
+            encoded={},
             began_s=began_s,
             compiled=compiled,
         )

@@ -3,18 +3,19 @@ import dataclasses
 
 import pytest
 
-from valora_jax.engine.costs import StepCosts
+from valora_jax.engine.costs import StepCosts, StepLoad
 from valora_jax.engine.orchestrator import Orchestrator
-from valora_jax.engine.rounds import Adapter, AdapterTraits, Decision, Round
+from valora_jax.engine.rounds import Adapter, AdapterTraits, ChunkLoad, Decision, Round
 from valora_jax.lora.mode import Mode
 from valora_jax.replay.simulation import step_limits
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Asking:
     adapter: str | None
     remaining: int = 1
     waiting_since_s: float = 0.0
+    new_images: int = 0
 
 
 class Says:
@@ -37,6 +38,10 @@ def orchestrator_of(decision: Decision = Decision(), *, rows: int = 2) -> Orches
         limits=step_limits(max_requests=rows, max_tokens_per_step=64, tokens_per_image=1),
         traits=lambda _: AdapterTraits(pages=4.0),
     )
+
+
+def load_of(orchestrator: Orchestrator, chunks, folded) -> StepLoad:
+    return orchestrator.load_of([ChunkLoad(*chunk) for chunk in chunks], folded)
 
 
 def test_without_requests_there_is_nothing_to_decide():
@@ -107,7 +112,7 @@ def test_steps_are_counted_by_the_mode_that_they_ran_in():
         ([(None, 1)], "cars"),
     ]
     for chunks, folded in steps:
-        orchestrator.observe(orchestrator.load_of(chunks, folded, images=0), 250.0)
+        orchestrator.observe(load_of(orchestrator, chunks, folded), 250.0)
     assert orchestrator.seconds == {Mode.UNMERGED: 0.25, Mode.MERGED: 0.25, Mode.MIXTURE: 0.5}
 
 
@@ -115,7 +120,7 @@ def test_changes_of_mode_are_counted():
     orchestrator = orchestrator_of()
     base, merged = ([(None, 1)], None), ([("cars", 1)], "cars")
     for chunks, folded in (base, base, merged, base, merged, merged):
-        orchestrator.count(orchestrator.load_of(chunks, folded, images=0), 5.0)
+        orchestrator.count(load_of(orchestrator, chunks, folded), 5.0)
     assert orchestrator.mode_changes == 3
 
 
@@ -123,7 +128,7 @@ def test_another_policy_goes_on_with_the_copy_and_the_counters():
     orchestrator = orchestrator_of()
     orchestrator.copied("cars", 0.5)
     orchestrator.copied("planes", 0.5)
-    orchestrator.observe(orchestrator.load_of([(None, 1)], None, images=0), 250.0)
+    orchestrator.observe(load_of(orchestrator, [(None, 1)], None), 250.0)
     orchestrator.set_policy(Says(Decision(merge="cars")))
     assert orchestrator.decide(0.0, [Asking("cars")], []) == Decision(merge="cars")
     assert orchestrator.copy.adapter == "planes"

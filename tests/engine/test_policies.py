@@ -12,11 +12,12 @@ from valora_jax.replay.simulation import step_limits
 WEAK = "faint"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Asking:
     adapter: str | None
     remaining: int = 1
     waiting_since_s: float = 0.0
+    new_images: int = 0
 
 
 def round_of(*running: Asking, waiting=(), now_s: float = 0.1, copy: str | None = None) -> Round:

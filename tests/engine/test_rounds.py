@@ -1,11 +1,24 @@
 import dataclasses
+import itertools
 
 import hypothesis
 import hypothesis.strategies as st
+import pytest
 
+from valora_jax.engine.costs import StepCosts, StepTimes
 from valora_jax.engine.kv_blocks import KVBlocks
 from valora_jax.engine.request import Request
-from valora_jax.engine.rounds import AdapterTraits, Decision, StepLimits, load_of, plan_step
+from valora_jax.engine.rounds import (
+    EVERYBODY_UNMERGED,
+    AdapterTraits,
+    ChunkLoad,
+    Copy,
+    Decision,
+    Round,
+    StepLimits,
+    load_of,
+    plan_step,
+)
 from valora_jax.engine.sampling_params import SamplingParams
 from valora_jax.engine.scheduler import Scheduler
 from valora_jax.lora.mode import Mode
@@ -16,18 +29,18 @@ LIMITS = StepLimits(
 )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Asking:
     adapter: str | None
     remaining: int
     waiting_since_s: float = 0.0
+    new_images: int = 0
 
 
 def load(chunks, folded=None):
     return load_of(
-        chunks,
+        itertools.starmap(ChunkLoad, chunks),
         folded,
-        images=0,
         bucket=LIMITS.bucket,
         traits=lambda adapter: AdapterTraits(pages=PAGES[adapter]),
     )
@@ -35,6 +48,23 @@ def load(chunks, folded=None):
 
 def cost_of(step):
     return (step.mode, step.pages, step.token_pages)
+
+
+def test_images_of_newcomers_are_in_the_step_that_admits_them():
+    round = Round(
+        0.0,
+        [Asking("cars", 1), Asking("cars", 4)],
+        [Asking("planes", 3, new_images=2), Asking("planes", 3, new_images=2)],
+        copy=Copy(),
+        costs=StepCosts(),
+        limits=LIMITS,  # of two prompts a step
+        traits=lambda adapter: AdapterTraits(pages=PAGES[adapter]),
+    )
+    chunks = round.chunks(EVERYBODY_UNMERGED)
+    assert chunks == [("cars", 1, 0), ("cars", 4, 0), ("planes", 3, 2)]
+    bare = [chunk._replace(images=0) for chunk in chunks]
+    images_ms = round.estimate_ms(chunks, None) - round.estimate_ms(bare, None)
+    assert images_ms == pytest.approx(2 * StepTimes().image_ms)
 
 
 CHUNKS = [("cars", 1), ("cars", 1), ("planes", 1), (None, 1), ("cars", 10)]

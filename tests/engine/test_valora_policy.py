@@ -7,7 +7,7 @@ import types
 from valora_jax.engine import valora_policy
 from valora_jax.engine.costs import StepCosts, StepTimes
 from valora_jax.engine.policies import Unmerged
-from valora_jax.engine.rounds import AdapterTraits
+from valora_jax.engine.rounds import AdapterTraits, ChunkLoad
 from valora_jax.engine.valora_policy import Valora
 from valora_jax.lora.mode import Mode
 from valora_jax.replay.arrivals import Arrival, make_trace, skewed
@@ -83,10 +83,10 @@ def test_decodes_of_others_wait_for_steps_without_prompts_where_these_pay_more_f
 
 def test_of_several_who_decode_later_one_alone_pays_for_lora_once_more():
     def estimate_ms(chunks, folded):  # a step 10 ms, a row 1 and LoRA 5
-        return 10 + len(chunks) + 5 * any(adapter != folded for adapter, _ in chunks)
+        return 10 + len(chunks) + 5 * any(chunk.adapter != folded for chunk in chunks)
 
     def later_ms(*adapters):
-        chunks = [(0, 100), *((adapter, 1) for adapter in adapters)]
+        chunks = [ChunkLoad(0, 100), *(ChunkLoad(adapter, 1) for adapter in adapters)]
         round = types.SimpleNamespace(estimate_ms=estimate_ms)
         return valora_policy._decode_later_ms(round, chunks, frozenset([0]), 0)
 
@@ -119,14 +119,15 @@ def test_who_decodes_later_while_rows_are_short_does_so_in_the_next_step():
     assert not any(one and other for one, other in itertools.pairwise(held))
 
 
-def test_who_decodes_later_does_so_after_a_few_steps_however_many_have_prompts():
+def test_who_decodes_later_does_so_in_the_next_step_however_many_have_prompts():
     trace = arrivals(*[(0.0, 0, 600)] * 5, (1.0, 2, 100))
+    trace += [Arrival(at_s=1.2, adapter=3, prompt_tokens=100, output_tokens=2)]  # waits for room
     trace.append(Arrival(at_s=1.1, adapter=0, prompt_tokens=20_000, output_tokens=2))
     run = simulation(trace, device=Device(times=StepTimes(prompt_lora_ms=5.0)))
     steps = [s for s in steps_of(run) if 1.1 < s.start_s < run.requests[5].finished_s]
     held = [2 not in {request.adapter for request in step.requests} for step in steps]
-    longest = max(len(list(group)) for is_held, group in itertools.groupby(held) if is_held)
-    assert 1 <= longest <= 3
+    assert sum(held) > 0.3 * len(held)
+    assert not any(one and other for one, other in itertools.pairwise(held))
 
 
 def test_two_alike_do_not_flap():

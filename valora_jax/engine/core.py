@@ -8,7 +8,7 @@ at once; `Engine` locks.
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -149,7 +149,7 @@ class EngineCore:
 
     def _enqueue(self, plan: Plan, decision: Decision) -> None:
         began_s, traces = self._clock(), self._runner.traces
-        images = self._encode_images()
+        encoded = self._encode_images()
         for chunk in plan.chunks:
             self._count_tokens(chunk.request)
         folded = self.modes.fold(decision) if self.modes else None
@@ -157,7 +157,7 @@ class EngineCore:
         if self.modes:
             compiled = self._runner.traces > traces
             self.modes.enqueued(
-                plan, decision, folded=folded, images=images, began_s=began_s, compiled=compiled
+                plan, decision, folded=folded, encoded=encoded, began_s=began_s, compiled=compiled
             )
         now_s = self._clock()
         for chunk in plan.chunks:
@@ -166,8 +166,8 @@ class EngineCore:
             if images and chunk.request.computed >= images[-1].end:
                 self.images.release(chunk.request)
 
-    def _encode_images(self) -> int:
-        """Enqueues the features that the next step needs, and returns of how many images."""
+    def _encode_images(self) -> Mapping[Request, int]:
+        """Enqueues the features that the next step needs; returns how many, by request."""
         new = self.images.take_new()
         self._runner.encode(
             [
@@ -179,7 +179,7 @@ class EngineCore:
                 for image in new
             ]
         )
-        return len(new)
+        return collections.Counter(image.request for image in new)
 
     def _count_tokens(self, request: Request) -> None:
         """Once each time that a request with penalties is admitted."""

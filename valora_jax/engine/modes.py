@@ -17,7 +17,8 @@ from valora_jax.engine.events import Events, MergeBegun, MergeInterrupted, Merge
 from valora_jax.engine.mergeable import PlacedAdapters, Traits
 from valora_jax.engine.orchestrator import Orchestrator
 from valora_jax.engine.plan import Folded, Plan
-from valora_jax.engine.rounds import EVERYBODY_UNMERGED, Copy, Decision
+from valora_jax.engine.request import Request
+from valora_jax.engine.rounds import EVERYBODY_UNMERGED, ChunkLoad, Copy, Decision
 from valora_jax.engine.scheduler import Scheduler
 from valora_jax.lora.host_store import AdapterRef
 from valora_jax.lora.merged_copy import MergedCopy
@@ -139,7 +140,7 @@ class Modes:
         decision: Decision,
         *,
         folded: Folded | None,
-        images: int,
+        encoded: Mapping[Request, int],
         began_s: float,
         compiled: bool,
     ) -> None:
@@ -148,22 +149,25 @@ class Modes:
         Args:
           plan, decision: of the step.
           folded: what is in its weights.
-          images: that were encoded for it.
+          encoded: images that were encoded for it, by request.
           began_s: when the host began to enqueue it, with these images.
           compiled: whether something was compiled for it.
         """
         adapter = decision.folded if folded is not None else None
-        chunks = [(c.request.adapter, c.length) for c in plan.chunks]
-        for own, length in chunks:
+        chunks = [
+            ChunkLoad(c.request.adapter, c.length, encoded.get(c.request, 0)) for c in plan.chunks
+        ]
+        for chunk in chunks:
             if adapter is None:
-                self.tokens[Mode.UNMERGED] += length
+                self.tokens[Mode.UNMERGED] += chunk.tokens
             else:
-                self.tokens[Mode.MERGED if own == adapter else Mode.MIXTURE] += length
+                mode = Mode.MERGED if chunk.adapter == adapter else Mode.MIXTURE
+                self.tokens[mode] += chunk.tokens
         self._in_flight.append(
             _Enqueued(
                 plan=plan,
                 decision=decision,
-                load=self.orchestrator.load_of(chunks, adapter, images=images),
+                load=self.orchestrator.load_of(chunks, adapter),
                 at_s=began_s,
                 after=self._after,
                 compiled=compiled,

@@ -7,7 +7,7 @@ The engine calls, for each step:
 
     decision = orchestrator.decide(now_s, scheduler.running, scheduler.waiting)
     plan = scheduler.plan(decision.serves)
-    load = orchestrator.load_of(chunks, decision.folded, images=images)    # of the plan
+    load = orchestrator.load_of(chunks, decision.folded)    # of the plan
     ...                                    # two branches a row if `decision.folded` is not None
     if decision.merge is not None:
         ...                                # enqueue the next chunk of that adapter's copy
@@ -27,6 +27,7 @@ from valora_jax.engine.rounds import (
     EVERYBODY_UNMERGED,
     Adapter,
     AdapterTraits,
+    ChunkLoad,
     Copy,
     Decision,
     Policy,
@@ -105,19 +106,9 @@ class Orchestrator:
             return dataclasses.replace(EVERYBODY_UNMERGED, merge=decision.merge)
         return decision
 
-    def load_of(
-        self, chunks: Collection[tuple[Adapter | None, int]], folded: Adapter | None, *, images: int
-    ) -> StepLoad:
-        """What a planned step costs, for `observe`.
-
-        Args:
-          chunks: adapters and numbers of tokens, of the plan.
-          folded: whose copy it runs on.
-          images: that are encoded for it.
-        """
-        return load_of(
-            chunks, folded, images=images, bucket=self.limits.bucket, traits=self._traits
-        )
+    def load_of(self, chunks: Collection[ChunkLoad], folded: Adapter | None) -> StepLoad:
+        """What a planned step costs, for `observe`."""
+        return load_of(chunks, folded, bucket=self.limits.bucket, traits=self._traits)
 
     def observe(self, load: StepLoad, ms: float) -> None:
         """Takes the time of a step that ran, more than zero."""

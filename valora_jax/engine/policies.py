@@ -149,7 +149,7 @@ class DLora:
         unmerged = round.estimate_ms(chunks, None)
         if hot is None:
             return unmerged, unmerged
-        alike = [(hot, length) for _, length in chunks]
+        alike = [chunk._replace(adapter=hot) for chunk in chunks]
         return round.estimate_ms(alike, hot), unmerged
 
     def _count(

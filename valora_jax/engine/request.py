@@ -125,6 +125,11 @@ class Request:
         return self.total - self.computed
 
     @property
+    def new_images(self) -> int:
+        """Number of images to encode when it is admitted, if no features are known."""
+        return len(self.images) if self.phase is Phase.WAITING else 0
+
+    @property
     def outputs_planned(self) -> bool:
         """Whether every output that the limit allows is known or pending."""
         return len(self.output_token_ids) + self.pending >= self.output_limit

@@ -8,13 +8,13 @@ nothing; a *mixture* when others ride on that copy, subtract what is folded and 
 import collections
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from valora_jax.engine.costs import StepCosts, StepLoad
 from valora_jax.lora.mode import Mode
 
 type Adapter = Hashable  # in the engine an AdapterRef: a version, so a reloaded name is another one
-type Chunks = list[tuple[Adapter | None, int]]  # adapter and number of tokens, in the step's order
+type Chunks = list[ChunkLoad]  # in the step's order
 
 
 class Servable(Protocol):
@@ -24,6 +24,7 @@ class Servable(Protocol):
       adapter: None for the base model.
       waiting_since_s: when it came, or, once served, when the last step that served it ended.
       remaining: tokens to compute before its next one can be sampled; 1 in a decode.
+      new_images: encoded before the next step that serves it, at most.
     """
 
     @property
@@ -32,6 +33,26 @@ class Servable(Protocol):
     def waiting_since_s(self) -> float: ...
     @property
     def remaining(self) -> int: ...
+    @property
+    def new_images(self) -> int: ...
+
+
+class ChunkLoad(NamedTuple):
+    """What a step does for one request.
+
+    Attributes:
+      adapter: None for the base model.
+      tokens: that it computes, 1 in a decode.
+      images: that are encoded for it, before the step.
+    """
+
+    adapter: Adapter | None
+    tokens: int
+    images: int = 0
+
+    @classmethod
+    def of(cls, request: Servable, tokens: int) -> "ChunkLoad":
+        return cls(request.adapter, tokens, request.new_images)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,15 +161,17 @@ class Round:
         counts.update(request.adapter for request in self.waiting)
         return counts
 
+    def plan(self, decision: Decision) -> list[tuple[Servable, int]]:
+        """What the scheduler would plan, pages and gates aside: requests and numbers of tokens."""
+        return plan_step(decision, self.running, self.waiting, limits=self.limits)
+
     def chunks(self, decision: Decision) -> Chunks:
-        """What the scheduler would plan, pages and gates aside."""
-        plan = plan_step(decision, self.running, self.waiting, limits=self.limits)
-        return [(request.adapter, length) for request, length in plan]
+        """What `plan` does for the requests."""
+        return [ChunkLoad.of(request, tokens) for request, tokens in self.plan(decision)]
 
     def estimate_ms(self, chunks: Chunks, folded: Adapter | None) -> float:
-        """Time of a step of these chunks with `folded` in its weights, images aside."""
-        # Images take as long whatever is decided about their adapters.
-        load = load_of(chunks, folded, images=0, bucket=self.limits.bucket, traits=self.traits)
+        """Time of a step of these chunks with `folded` in its weights."""
+        load = load_of(chunks, folded, bucket=self.limits.bucket, traits=self.traits)
         return self.costs.estimate_ms(load)
 
     def waited_s(self, request: Servable) -> float:
@@ -194,22 +217,22 @@ def plan_step[Request: Servable](
 
 
 def load_of(
-    chunks: Iterable[tuple[Adapter | None, int]],
+    chunks: Iterable[ChunkLoad],
     folded: Adapter | None,
     *,
-    images: int,
     bucket: Callable[[int, int], Hashable],
     traits: Callable[[Adapter], AdapterTraits],
 ) -> StepLoad:
-    """What a step of these chunks costs, with `folded` in its weights and `images` to encode."""
-    decodes = prompt_tokens = 0
+    """What a step of these chunks costs, with `folded` in its weights."""
+    decodes = prompt_tokens = images = 0
     tokens_of: dict[Adapter | None, int] = {}
-    for adapter, length in chunks:
-        if length == 1:
+    for adapter, tokens, new_images in chunks:
+        if tokens == 1:
             decodes += 1
         else:
-            prompt_tokens += length
-        tokens_of[adapter] = tokens_of.get(adapter, 0) + length
+            prompt_tokens += tokens
+        images += new_images
+        tokens_of[adapter] = tokens_of.get(adapter, 0) + tokens
     pages = token_pages = 0.0
     others = 0  # tokens that subtract what is folded
     for adapter, tokens in tokens_of.items():

@@ -8,8 +8,9 @@ for everybody, and a share `q` of the requests served in every k-th step only, i
     ((k - 1) t + t + d) ((1 - q) / k + q),  least at  k = sqrt(d (1 - q) / (t q)).
 
 Those who only decode are also left out of a step with prompts, where LoRA costs most, if that costs
-less than what everybody loses: they decode in a later step, which they make longer by less, and end
-one step later. Of several, only the last is in a step with LoRA that would have been without.
+less than what everybody loses: they decode in the next step, which they make longer by less if it
+has none, and end one step later. Of several, only the last is in a step with LoRA that would have
+been without.
 
 The paper goes by shares of a batch: merged above one half. That fits a LoRA that makes steps nearly
 twice as long; where a step pays a few per cent, holding back half the requests does not.
@@ -20,12 +21,19 @@ import dataclasses
 import itertools
 import math
 
-from valora_jax.engine.rounds import EVERYBODY_UNMERGED, Adapter, Chunks, Decision, Round
+from valora_jax.engine.rounds import (
+    EVERYBODY_UNMERGED,
+    Adapter,
+    ChunkLoad,
+    Chunks,
+    Decision,
+    Round,
+    Servable,
+)
 
 _LEAST_GAIN = 0.02  # of the mean time of a token, below which nobody is held back
 _LEAST_MODE_GAIN = 0.02  # of a step's time, below which the mode stays; estimates err by as much
 _HORIZON_S = 5.0  # how long what a copy would have saved is remembered, and expected to go on
-_LATER_STEPS = 2  # with prompts, for which those who only decode wait at most; more gains nothing
 _RETURN = 2.0  # gain of a merge in units of its cost and of the gain that it gives up
 
 
@@ -68,8 +76,8 @@ class Valora:
 
     A request's credit is the time it waited, the time of the steps until it was served (those who
     wait before it go first) and that of a merge's next chunk. When one passes theta, or waited as
-    long as holding it back pays, the next step serves everybody; while rows are short also when
-    it would not decode in the very next one.
+    long as holding it back pays, the next step serves everybody. While rows are short, nobody is
+    held back for longer than a step.
 
     Another adapter is folded in once that would have saved, in the steps of the last seconds, twice
     what the merge costs and twice what the present copy saved. So merges stay rare where adapters
@@ -88,13 +96,16 @@ class Valora:
         self._gains = _Gains()
 
     def decide(self, round: Round) -> Decision:
-        chunks = round.chunks(EVERYBODY_UNMERGED)
+        plan = round.plan(EVERYBODY_UNMERGED)
+        chunks = [ChunkLoad.of(request, tokens) for request, tokens in plan]
         choice = self._best(round, chunks, round.copy.usable)
         self._on_copy = choice.everybody.folded is not None
         merge = self._next_merge(round, chunks, choice)
         decision = choice.everybody
-        if choice.some is not None and not self._starves(round, choice, merging=merge is not None):
-            decision = choice.some
+        if choice.some is not None:
+            held = {request for request, _ in plan if not choice.some.serves(request)}
+            if not self._starves(round, choice, held, merging=merge is not None):
+                decision = choice.some
         return dataclasses.replace(decision, merge=merge)
 
     def forget(self, adapter: Adapter) -> None:
@@ -104,11 +115,12 @@ class Valora:
         """The best use of a copy with `folded` for a step of `chunks`."""
         unmerged_ms = round.estimate_ms(chunks, None)
         everybody, everybody_ms = EVERYBODY_UNMERGED, unmerged_ms
-        weak = {a for a, _ in chunks if a is not None and not round.traits(a).mergeable}
+        adapters = {chunk.adapter for chunk in chunks}
+        weak = {a for a in adapters if a is not None and not round.traits(a).mergeable}
         if folded is not None and not weak:
             copy_ms = round.estimate_ms(chunks, folded)
             gain = _LEAST_MODE_GAIN * unmerged_ms * (-1 if self._on_copy else 1)
-            merged = all(adapter == folded for adapter, _ in chunks)  # less work, whatever it takes
+            merged = adapters == {folded}  # less work, whatever it takes
             if merged or copy_ms < unmerged_ms - gain:
                 everybody = Decision(folded=folded)
                 everybody_ms = copy_ms
@@ -118,8 +130,8 @@ class Valora:
             way=_Way(token_ms=everybody_ms),
             unmerged_ms=unmerged_ms,
         )
-        for some in _some(chunks, folded, weak):
-            served = [chunk for chunk in chunks if chunk[0] in some]
+        for some in _some(adapters, folded, weak):
+            served = [chunk for chunk in chunks if chunk.adapter in some]
             if not served or len(served) == len(chunks):
                 continue
             some_ms = round.estimate_ms(served, folded)
@@ -133,8 +145,13 @@ class Valora:
                 best = dataclasses.replace(best, some=only, way=way)
         return best
 
-    def _starves(self, round: Round, choice: _Choice, *, merging: bool) -> bool:
-        """Whether one of those whom `choice.some` leaves out must not wait any more."""
+    def _starves(
+        self, round: Round, choice: _Choice, held: set[Servable], *, merging: bool
+    ) -> bool:
+        """Whether one of those whom `choice.some` leaves out must not wait any more.
+
+        Those who would be in everybody's step are `held`; the others wait for room, too.
+        """
         assert choice.some is not None
         # Who is held back keeps its row: where rows are short, others wait for it in turn.
         rows_short = len(round.running) + len(round.waiting) > round.limits.max_requests
@@ -149,13 +166,13 @@ class Valora:
             tokens += request.remaining
             steps = math.ceil(tokens / round.limits.max_tokens_per_step)
             credit_s = waited_s + steps * (step_s + chunk_s)
-            if credit_s > self._max_wait_s or waited_s >= patience_s:
+            if credit_s > self._max_wait_s or (request in held and waited_s >= patience_s):
                 return True
         return False
 
     def _next_merge(self, round: Round, chunks: Chunks, choice: _Choice) -> Adapter | None:
         """Whose copy to work on: the one begun, or one that would have paid for itself."""
-        rival, present = _rival(round, chunks), {adapter for adapter, _ in chunks}
+        rival, present = _rival(round, chunks), {chunk.adapter for chunk in chunks}
         self._gains.move_to(round.now_s)
         if round.copy.usable is not None:
             self._gains.add(round.copy.usable, choice.unmerged_ms - choice.way.token_ms)
@@ -200,14 +217,14 @@ class _Gains:
 
 
 def _some(
-    chunks: Chunks, folded: Adapter | None, weak: set[Adapter]
+    adapters: set[Adapter | None], folded: Adapter | None, weak: set[Adapter]
 ) -> list[frozenset[Adapter | None]]:
     """Whom a step on the copy could serve alone: its adapter; all but those too weak for it."""
     if folded is None:
         return []
     some: list[frozenset[Adapter | None]] = [frozenset([folded])]
     if weak:
-        some.append(frozenset(adapter for adapter, _ in chunks if adapter not in weak))
+        some.append(frozenset(adapters - weak))
     return some
 
 
@@ -227,12 +244,14 @@ def _one_later(
     *,
     some_ms: float,
 ) -> _Way:
-    """Those who are not of `some` decode in a later step."""
+    """Those who are not of `some` decode in the next step, whatever it is."""
+    # Or where prompts follow each other, all those steps would leave them out. Steps may take a
+    # little less than estimated.
+    patience_s = 0.5 * some_ms / 1e3
     return _Way(
         token_ms=some_ms + _decode_later_ms(round, chunks, some, folded),
-        # Where prompts follow each other, every such step would leave them out.
-        patience_s=_LATER_STEPS * some_ms / 1e3,
-        row_patience_s=some_ms / 1e3,
+        patience_s=patience_s,
+        row_patience_s=patience_s,
     )
 
 
@@ -243,15 +262,15 @@ def _decode_later_ms(
 
     Infinite unless that step differs from this one, which has prompts, all of them of `some`.
     """
-    held = [length for adapter, length in chunks if adapter not in some]
-    if max(held) > 1 or all(length == 1 for _, length in chunks):
+    held = [chunk for chunk in chunks if chunk.adapter not in some]
+    if any(chunk.tokens > 1 for chunk in held) or all(chunk.tokens == 1 for chunk in chunks):
         return math.inf
-    decodes: Chunks = [(adapter, 1) for adapter, _ in chunks]
+    decodes = [ChunkLoad(chunk.adapter, 1) for chunk in chunks]
     everybody_ms = round.estimate_ms(decodes, None)
-    some_ms = round.estimate_ms([chunk for chunk in decodes if chunk[0] in some], folded)
+    some_ms = round.estimate_ms([chunk for chunk in decodes if chunk.adapter in some], folded)
     later_ms = everybody_ms
     if len(held) > 1:  # LoRA is in that step anyway, and they add their rows
-        alike = [(adapter if adapter in some else folded, 1) for adapter, _ in chunks]
+        alike = [c if c.adapter in some else ChunkLoad(folded, 1) for c in decodes]
         later_ms = max(round.estimate_ms(alike, folded), some_ms)
     return later_ms - some_ms + everybody_ms * len(held) / len(chunks)
 
@@ -259,7 +278,7 @@ def _decode_later_ms(
 def _rival(round: Round, chunks: Chunks) -> Adapter | None:
     """The adapter of most tokens, weighed by its pages, of those that could be folded in next."""
     weight: dict[Adapter, float] = collections.defaultdict(float)
-    for adapter, tokens in chunks:
+    for adapter, tokens, _ in chunks:
         if adapter is not None and adapter != round.copy.usable:
             traits = round.traits(adapter)
             if traits.mergeable:

@@ -19,6 +19,7 @@ from valora_jax.engine.orchestrator import Orchestrator
 from valora_jax.engine.rounds import (
     Adapter,
     AdapterTraits,
+    ChunkLoad,
     Decision,
     Policy,
     StepLimits,
@@ -56,6 +57,10 @@ class SimulatedRequest:
     @property
     def adapter(self) -> Adapter | None:
         return self.arrival.adapter
+
+    @property
+    def new_images(self) -> int:
+        return self.arrival.images if self.admitted_s is None else 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,17 +195,15 @@ class Simulation:
         decision = self.orchestrator.decide(self.now_s, self._running, self._waiting)
         plan = plan_step(decision, self._running, self._waiting, limits=self._limits)
         assert plan, "an orchestrator always serves somebody"
-        chunks = [(request.adapter, length) for request, length in plan]
-        admitted = [request for request, _ in plan if request.admitted_s is None]
-        images = sum(request.arrival.images for request in admitted)
-        load = self.orchestrator.load_of(chunks, decision.folded, images=images)
+        chunks = [ChunkLoad.of(request, tokens) for request, tokens in plan]
+        load = self.orchestrator.load_of(chunks, decision.folded)
         ms = self._device.times.of(load) * math.exp(self._rng.gauss(0, self._device.noise))
         start_s = self.now_s
         for request, _ in plan:
             waited_s = start_s - request.waiting_since_s
             request.longest_wait_s = max(request.longest_wait_s, waited_s)
-        for request in admitted:
-            request.admitted_s = start_s
+            if request.admitted_s is None:
+                request.admitted_s = start_s
         self.now_s += ms / 1e3
         self._take(plan)
         self.orchestrator.observe(load, ms)

@@ -8,9 +8,8 @@ for everybody, and a share `q` of the requests served in every k-th step only, i
     ((k - 1) t + t + d) ((1 - q) / k + q),  least at  k = sqrt(d (1 - q) / (t q)).
 
 Those who only decode are also left out of a step with prompts, where LoRA costs most, if that costs
-less than what everybody loses: they decode in the next step, which they make longer by less if it
-has none, and end one step later. Of several, only the last is in a step with LoRA that would have
-been without.
+less than what everybody loses: they decode in a later step, which they make longer by less, and end
+one step later. Of several, only the last is in a step with LoRA that would have been without.
 
 The paper goes by shares of a batch: merged above one half. That fits a LoRA that makes steps nearly
 twice as long; where a step pays a few per cent, holding back half the requests does not.
@@ -34,6 +33,7 @@ from valora_jax.engine.rounds import (
 _LEAST_GAIN = 0.02  # of the mean time of a token, below which nobody is held back
 _LEAST_MODE_GAIN = 0.02  # of a step's time, below which the mode stays; estimates err by as much
 _HORIZON_S = 5.0  # how long what a copy would have saved is remembered, and expected to go on
+_LEFT_OUT = 2  # steps with prompts in a row that may leave out those who only decode
 _RETURN = 2.0  # gain of a merge in units of its cost and of the gain that it gives up
 
 
@@ -244,14 +244,14 @@ def _one_later(
     *,
     some_ms: float,
 ) -> _Way:
-    """Those who are not of `some` decode in the next step, whatever it is."""
-    # Or where prompts follow each other, all those steps would leave them out. Steps may take a
-    # little less than estimated.
-    patience_s = 0.5 * some_ms / 1e3
+    """Those who are not of `some` decode in a later step."""
+    # Or where prompts follow each other, all those steps would leave them out. Half a step less, as
+    # steps may be a little shorter than estimated.
+    most_ms, most_short_ms = (_LEFT_OUT - 0.5) * some_ms, 0.5 * some_ms
     return _Way(
         token_ms=some_ms + _decode_later_ms(round, chunks, some, folded),
-        patience_s=patience_s,
-        row_patience_s=patience_s,
+        patience_s=most_ms / 1e3,
+        row_patience_s=most_short_ms / 1e3,
     )
 
 

@@ -29,6 +29,8 @@ STEPS = (
     (LINEAR, 1, (16,)),
     (LORA, 128, (16, 32)),
 )
+# Rows that few steps have: the first model's tiles serve all, so that a device takes 25 minutes.
+OF_FIRST_MODEL = ((LINEAR, 1), (LORA, 128))
 REGISTERS = 255  # of a thread, at most
 # Addresses, masks and counters of a thread.
 SPARE_REGISTERS = 32

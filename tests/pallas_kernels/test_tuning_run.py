@@ -12,7 +12,7 @@ from pallas_kernels.lora_matmul.tune import SPACES, is_done, key_of
 from pallas_kernels.lora_matmul.tuned import KINDS
 from pallas_kernels.tuning import __main__, run
 from pallas_kernels.tuning.shapes import MODELS
-from pallas_kernels.tuning.table import Table
+from pallas_kernels.tuning.table import Table, path_of
 
 DEVICE = "NVIDIA H100 80GB HBM3"
 TASKS = run.tasks(["llava-1.5-7b"], only="/t8/")
@@ -177,6 +177,20 @@ def test_models_of_equal_shapes_are_searched_once():
     assert {t.linear for t in run.tasks([])} == {
         linear for model in MODELS.values() for linear in model.linears.values()
     }
+
+
+def test_steps_that_are_rare_are_searched_for_the_first_model_alone():
+    both = ["llava-1.5-7b", "qwen2.5-vl-7b"]
+    for models in (both, both[::-1]):
+        rare = {t.linear for t in run.tasks(models) if t.tokens in (1, 128)}
+        assert rare == set(MODELS[models[0]].linears.values())
+        assert {t.linear for t in run.tasks(models) if t.tokens == 8} > rare
+
+
+def test_the_shipped_table_has_every_search():
+    path = path_of(DEVICE)
+    table = Table.read(path, device=DEVICE, kinds=KINDS)
+    assert [task.name for task in run.tasks([]) if not is_done(task, table)] == []
 
 
 def test_only_chooses_by_name():

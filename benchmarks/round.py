@@ -141,7 +141,7 @@ class Case:
 
     def _run(self, plan: Plan, decision: Decision) -> None:
         """Lets the step end, and as many come as were admitted."""
-        chunks = [ChunkLoad.of(chunk.request, chunk.length) for chunk in plan.chunks]
+        chunks = [ChunkLoad(chunk.request.adapter, chunk.length) for chunk in plan.chunks]
         load = self._orchestrator.load_of(chunks, decision.folded)
         self._now_s += self._orchestrator.costs.estimate_ms(load) / 1e3
         if decision.merge is not None:

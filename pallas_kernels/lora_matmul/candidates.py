@@ -9,7 +9,6 @@ import math
 
 from pallas_kernels.lora_matmul.tiles import (
     MOST_EXPAND_STAGES,
-    USUAL_RANKS,
     LoraTile,
     power_of_two,
     refusals,
@@ -69,7 +68,6 @@ def ladders(task: Task) -> Ladders:
         "row_programs": [2**i for i in range(first, last + 1)],
         "shrink.block_k": (32, 64, 128, 256, 512),
         "shrink.block_ranks": (16, 32, 64, 128),
-        "shrink.rank_programs": (1, 2, 4, 8),
         "shrink.splits": (1, 2, 4, 8, 16, 32),
         "shrink.warps": (1, 2, 4, 8),
         "shrink.stages": (1, 2, 3, 4, 5, 6),
@@ -91,7 +89,6 @@ def legal(tile: LoraTile, task: Task) -> bool:
         and shrink.block_k <= power_of_two(task.linear.width)
         # Half as many would leave ranges of more than a step.
         and shrink.splits < 2 * math.ceil(task.linear.width / shrink.block_k)
-        and (shrink.rank_programs == 1 or shrink.rank_programs * shrink.block_ranks <= USUAL_RANKS)
         and expand.block_columns * expand.blocks <= power_of_two(max(task.linear.columns))
     )
 

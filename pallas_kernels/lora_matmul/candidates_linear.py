@@ -2,8 +2,8 @@
 
 import math
 
-from pallas_kernels.lora_matmul.candidates import REGISTERS, SPARE_REGISTERS, USUAL_RANKS, Task
-from pallas_kernels.lora_matmul.tiles import block_height, power_of_two
+from pallas_kernels.lora_matmul.candidates import REGISTERS, SPARE_REGISTERS, Task
+from pallas_kernels.lora_matmul.tiles import USUAL_RANKS, block_height, power_of_two
 from pallas_kernels.lora_matmul.tiles_linear import LinearTile, refusals
 from pallas_kernels.lora_matmul.tuned import ITEM_BYTES
 from pallas_kernels.tuning.search import Ladders

@@ -142,17 +142,17 @@ def _shrink_tile(
     if 4 * row_tiles > multiprocessors:
         if columns > width:  # several linears fill the device
             return ShrinkTile(
-                block_k=128, block_ranks=64, rank_programs=1, splits=1, warps=4, stages=3
+                block_k=128, block_ranks=64, rank_programs=2, splits=1, warps=4, stages=3
             )
         # Where programs are few, each has a multiprocessor's shared memory to itself.
         stages = 8 if 2 * row_tiles <= multiprocessors else 4
         return ShrinkTile(
-            block_k=128, block_ranks=32, rank_programs=2, splits=1, warps=4, stages=stages
+            block_k=128, block_ranks=32, rank_programs=4, splits=1, warps=4, stages=stages
         )
     # Sums cost by the columns that are expanded, and spare time by those that are summed.
     splits = max(1, min(2 * width // columns, multiprocessors // (4 * row_tiles)))
     return ShrinkTile(
-        block_k=128, block_ranks=16, rank_programs=4, splits=splits, warps=4, stages=5
+        block_k=128, block_ranks=16, rank_programs=8, splits=splits, warps=4, stages=5
     )
 
 
@@ -240,7 +240,7 @@ def for_usual_ranks(tile: LoraTile) -> LoraTile:
     Searches meet rank 64 alone, for which half of them end at once. Of longer lists, blocks would
     be multiplied one after the other.
     """
-    programs = max(tile.shrink.rank_programs, USUAL_RANKS // tile.shrink.block_ranks)
+    programs = max(1, USUAL_RANKS // tile.shrink.block_ranks)
     return _with_shrink(tile, rank_programs=programs)
 
 

@@ -19,6 +19,14 @@ def test_counts_follow_prompt_outputs_and_pending_tokens():
     assert request.phase is Phase.WAITING
 
 
+def test_images_are_new_until_it_runs_and_again_once_it_lost_its_pages():
+    images = tuple(ImageSpan(content_hash=b"i", start=start, length=2) for start in (1, 3))
+    request = request_of([5] * 6, images=images)
+    for phase, new in ((Phase.WAITING, 2), (Phase.RUNNING, 0), (Phase.WAITING, 2)):
+        request.phase = phase
+        assert request.new_images == new
+
+
 @pytest.mark.parametrize("prompt", [[1, 2, 3], (1, 2, 3)], ids=["list", "tuple"])
 def test_a_slice_may_span_prompt_and_outputs(prompt):
     request = request_of(prompt)

@@ -90,7 +90,7 @@ offers = dict(
 
 def for_ever(some_ms, everybody_ms, held):
     """In place of what would pay: all steps but those that theta asks for."""
-    return valora_policy._Way(token_ms=some_ms / 2, patience_s=math.inf)
+    return valora_policy._Way(token_ms=some_ms / 2, patience=math.inf)
 
 
 # What pays lets nobody wait near as long as theta: only where it never ends does theta show.

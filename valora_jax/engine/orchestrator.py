@@ -101,7 +101,7 @@ class Orchestrator:
             traits=self._traits,
         )
         decision = self._policy.decide(round)
-        if decision.only is not None and not round.chunks(decision):
+        if decision.only is not None and not round.plan(decision):
             # Rows are full of requests that it holds back: nothing would ever free them.
             return dataclasses.replace(EVERYBODY_UNMERGED, merge=decision.merge)
         return decision

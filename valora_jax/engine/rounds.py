@@ -18,7 +18,7 @@ type Chunks = list[ChunkLoad]  # in the step's order
 
 
 class Servable(Protocol):
-    """A request, as far as policies look at it.
+    """A request, as far as policies look at it; equal to itself only.
 
     Attributes:
       adapter: None for the base model.
@@ -52,6 +52,7 @@ class ChunkLoad(NamedTuple):
 
     @classmethod
     def of(cls, request: Servable, tokens: int) -> "ChunkLoad":
+        """Of a request that is not planned yet: one that is has no new images any more."""
         return cls(request.adapter, tokens, request.new_images)
 
 

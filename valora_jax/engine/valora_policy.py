@@ -8,8 +8,8 @@ for everybody, and a share `q` of the requests served in every k-th step only, i
     ((k - 1) t + t + d) ((1 - q) / k + q),  least at  k = sqrt(d (1 - q) / (t q)).
 
 Those who only decode are also left out of a step with prompts, where LoRA costs most, if that costs
-less than what everybody loses: they decode in a later step, which they make longer by less, and end
-one step later. Of several, only the last is in a step with LoRA that would have been without.
+less than what everybody loses: they decode in the next step, which they make longer by less, and
+end one step later. Of several, only the last is in a step with LoRA that would have been without.
 
 The paper goes by shares of a batch: merged above one half. That fits a LoRA that makes steps nearly
 twice as long; where a step pays a few per cent, holding back half the requests does not.
@@ -33,7 +33,6 @@ from valora_jax.engine.rounds import (
 _LEAST_GAIN = 0.02  # of the mean time of a token, below which nobody is held back
 _LEAST_MODE_GAIN = 0.02  # of a step's time, below which the mode stays; estimates err by as much
 _HORIZON_S = 5.0  # how long what a copy would have saved is remembered, and expected to go on
-_LEFT_OUT = 2  # steps with prompts in a row that may leave out those who only decode
 _RETURN = 2.0  # gain of a merge in units of its cost and of the gain that it gives up
 
 
@@ -43,13 +42,13 @@ class _Way:
 
     Attributes:
       token_ms: mean time of a request's token.
-      patience_s: how long the others wait.
-      row_patience_s: the same while requests wait for their rows.
+      patience: how many steps in a row may leave the others out.
+      row_patience: the same while requests wait for their rows.
     """
 
     token_ms: float
-    patience_s: float = 0.0
-    row_patience_s: float = 0.0
+    patience: float = 0
+    row_patience: float = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,9 +74,9 @@ class Valora:
     """Merged while it pays, then mixture, then unmerged; nobody is held back longer than theta.
 
     A request's credit is the time it waited, the time of the steps until it was served (those who
-    wait before it go first) and that of a merge's next chunk. When one passes theta, or waited as
-    long as holding it back pays, the next step serves everybody. While rows are short, nobody is
-    held back for longer than a step.
+    wait before it go first) and that of a merge's next chunk. When one passes theta, or as many
+    steps have left it out as pays, the next one serves everybody. While rows are short, no two in a
+    row leave anybody out.
 
     Another adapter is folded in once that would have saved, in the steps of the last seconds, twice
     what the merge costs and twice what the present copy saved. So merges stay rare where adapters
@@ -93,6 +92,7 @@ class Valora:
         """
         self._max_wait_s = max_wait_s
         self._on_copy = False  # the mode of the last step for everybody
+        self._missed: dict[Servable, int] = {}  # steps in a row, those in flight included
         self._gains = _Gains()
 
     def decide(self, round: Round) -> Decision:
@@ -101,11 +101,13 @@ class Valora:
         choice = self._best(round, chunks, round.copy.usable)
         self._on_copy = choice.everybody.folded is not None
         merge = self._next_merge(round, chunks, choice)
-        decision = choice.everybody
+        decision, missed = choice.everybody, {}
         if choice.some is not None:
-            held = {request for request, _ in plan if not choice.some.serves(request)}
-            if not self._starves(round, choice, held, merging=merge is not None):
+            left_out = [request for request, _ in plan if not choice.some.serves(request)]
+            if not self._starves(round, choice, left_out, merging=merge is not None):
                 decision = choice.some
+                missed = {request: self._missed.get(request, 0) + 1 for request in left_out}
+        self._missed = missed
         return dataclasses.replace(decision, merge=merge)
 
     def forget(self, adapter: Adapter) -> None:
@@ -146,27 +148,27 @@ class Valora:
         return best
 
     def _starves(
-        self, round: Round, choice: _Choice, held: set[Servable], *, merging: bool
+        self, round: Round, choice: _Choice, left_out: list[Servable], *, merging: bool
     ) -> bool:
         """Whether one of those whom `choice.some` leaves out must not wait any more.
 
-        Those who would be in everybody's step are `held`; the others wait for room, too.
+        `left_out` are those who would be in everybody's step; others wait for room, too.
         """
         assert choice.some is not None
         # Who is held back keeps its row: where rows are short, others wait for it in turn.
         rows_short = len(round.running) + len(round.waiting) > round.limits.max_requests
-        patience_s = choice.way.row_patience_s if rows_short else choice.way.patience_s
+        patience = choice.way.row_patience if rows_short else choice.way.patience
+        if any(self._missed.get(request, 0) >= patience for request in left_out):
+            return True
         step_s = choice.everybody_ms / 1e3
         chunk_s = round.limits.merge_chunk_ms / 1e3 if merging else 0.0
         tokens = 0
         for request in itertools.chain(round.running, round.waiting):
             if choice.some.serves(request):
                 continue
-            waited_s = round.waited_s(request)
             tokens += request.remaining
             steps = math.ceil(tokens / round.limits.max_tokens_per_step)
-            credit_s = waited_s + steps * (step_s + chunk_s)
-            if credit_s > self._max_wait_s or (request in held and waited_s >= patience_s):
+            if round.waited_s(request) + steps * (step_s + chunk_s) > self._max_wait_s:
                 return True
         return False
 
@@ -233,7 +235,7 @@ def _in_every_kth(some_ms: float, everybody_ms: float, held: float) -> _Way:
     extra_ms = max(everybody_ms - some_ms, 0.0)
     period = max(round(math.sqrt(extra_ms * (1 - held) / (some_ms * held))), 1)
     token_ms = (period * some_ms + extra_ms) * ((1 - held) / period + held)
-    return _Way(token_ms=token_ms, patience_s=(period - 1) * some_ms / 1e3)
+    return _Way(token_ms=token_ms, patience=period - 1)
 
 
 def _one_later(
@@ -244,15 +246,9 @@ def _one_later(
     *,
     some_ms: float,
 ) -> _Way:
-    """Those who are not of `some` decode in a later step."""
-    # Or where prompts follow each other, all those steps would leave them out. Half a step less, as
-    # steps may be a little shorter than estimated.
-    most_ms, most_short_ms = (_LEFT_OUT - 0.5) * some_ms, 0.5 * some_ms
-    return _Way(
-        token_ms=some_ms + _decode_later_ms(round, chunks, some, folded),
-        patience_s=most_ms / 1e3,
-        row_patience_s=most_short_ms / 1e3,
-    )
+    """Those who are not of `some` decode in the next step, also where that has prompts again."""
+    token_ms = some_ms + _decode_later_ms(round, chunks, some, folded)
+    return _Way(token_ms=token_ms, patience=1, row_patience=1)
 
 
 def _decode_later_ms(

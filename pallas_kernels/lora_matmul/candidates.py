@@ -7,12 +7,7 @@ shared memory or registers, or is larger than what it cuts.
 import dataclasses
 import math
 
-from pallas_kernels.lora_matmul.tiles import (
-    MOST_EXPAND_STAGES,
-    LoraTile,
-    power_of_two,
-    refusals,
-)
+from pallas_kernels.lora_matmul.tiles import MOST_EXPAND_STAGES, LoraTile, power_of_two, refusals
 from pallas_kernels.lora_matmul.tuned import ITEM_BYTES, LINEAR, LORA
 from pallas_kernels.tuning.search import Ladders
 from pallas_kernels.tuning.shapes import LinearShape

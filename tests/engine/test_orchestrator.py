@@ -1,21 +1,13 @@
 import collections
-import dataclasses
 
 import pytest
 
+from tests.engine.asking import Asking
 from valora_jax.engine.costs import StepCosts, StepLoad
 from valora_jax.engine.orchestrator import Orchestrator
 from valora_jax.engine.rounds import Adapter, AdapterTraits, ChunkLoad, Decision, Round
 from valora_jax.lora.mode import Mode
 from valora_jax.replay.simulation import step_limits
-
-
-@dataclasses.dataclass(eq=False)
-class Asking:
-    adapter: str | None
-    remaining: int = 1
-    waiting_since_s: float = 0.0
-    new_images: int = 0
 
 
 class Says:

@@ -1,8 +1,8 @@
-import dataclasses
 import itertools
 
 import pytest
 
+from tests.engine.asking import Asking
 from valora_jax.engine.costs import StepCosts
 from valora_jax.engine.policies import DLora, Merged, Unmerged, make_policy
 from valora_jax.engine.rounds import AdapterTraits, Copy, Decision, Round
@@ -10,14 +10,6 @@ from valora_jax.engine.valora_policy import Valora
 from valora_jax.replay.simulation import step_limits
 
 WEAK = "faint"
-
-
-@dataclasses.dataclass(eq=False)
-class Asking:
-    adapter: str | None
-    remaining: int = 1
-    waiting_since_s: float = 0.0
-    new_images: int = 0
 
 
 def round_of(*running: Asking, waiting=(), now_s: float = 0.1, copy: str | None = None) -> Round:

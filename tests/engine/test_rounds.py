@@ -1,10 +1,10 @@
-import dataclasses
 import itertools
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 
+from tests.engine.asking import Asking
 from valora_jax.engine.costs import StepCosts, StepTimes
 from valora_jax.engine.kv_blocks import KVBlocks
 from valora_jax.engine.request import Request
@@ -27,14 +27,6 @@ PAGES = {"cars": 4.0, "planes": 1.0}
 LIMITS = StepLimits(
     max_requests=4, max_tokens_per_step=16, max_prefill_chunks=2, bucket=lambda *sizes: sizes
 )
-
-
-@dataclasses.dataclass(eq=False)
-class Asking:
-    adapter: str | None
-    remaining: int
-    waiting_since_s: float = 0.0
-    new_images: int = 0
 
 
 def load(chunks, folded=None):

@@ -50,11 +50,6 @@ class ChunkLoad(NamedTuple):
     tokens: int
     images: int = 0
 
-    @classmethod
-    def of(cls, request: Servable, tokens: int) -> "ChunkLoad":
-        """Of a request that is not planned yet: one that is has no new images any more."""
-        return cls(request.adapter, tokens, request.new_images)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterTraits:
@@ -168,7 +163,7 @@ class Round:
 
     def chunks(self, decision: Decision) -> Chunks:
         """What `plan` does for the requests."""
-        return [ChunkLoad.of(request, tokens) for request, tokens in self.plan(decision)]
+        return chunks_of(self.plan(decision))
 
     def estimate_ms(self, chunks: Chunks, folded: Adapter | None) -> float:
         """Time of a step of these chunks with `folded` in its weights."""
@@ -215,6 +210,11 @@ def plan_step[Request: Servable](
         prefills += length > 1
         rows -= 1
     return plan
+
+
+def chunks_of(plan: Iterable[tuple[Servable, int]]) -> Chunks:
+    """What a plan does for its requests, whose images are new until the scheduler admits them."""
+    return [ChunkLoad(request.adapter, tokens, request.new_images) for request, tokens in plan]
 
 
 def load_of(

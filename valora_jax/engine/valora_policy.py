@@ -28,6 +28,7 @@ from valora_jax.engine.rounds import (
     Decision,
     Round,
     Servable,
+    chunks_of,
 )
 
 _LEAST_GAIN = 0.02  # of the mean time of a token, below which nobody is held back
@@ -97,7 +98,7 @@ class Valora:
 
     def decide(self, round: Round) -> Decision:
         plan = round.plan(EVERYBODY_UNMERGED)
-        chunks = [ChunkLoad.of(request, tokens) for request, tokens in plan]
+        chunks = chunks_of(plan)
         choice = self._best(round, chunks, round.copy.usable)
         self._on_copy = choice.everybody.folded is not None
         merge = self._next_merge(round, chunks, choice)

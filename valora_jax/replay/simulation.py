@@ -19,10 +19,10 @@ from valora_jax.engine.orchestrator import Orchestrator
 from valora_jax.engine.rounds import (
     Adapter,
     AdapterTraits,
-    ChunkLoad,
     Decision,
     Policy,
     StepLimits,
+    chunks_of,
     plan_step,
 )
 from valora_jax.replay.arrivals import Arrival
@@ -195,8 +195,7 @@ class Simulation:
         decision = self.orchestrator.decide(self.now_s, self._running, self._waiting)
         plan = plan_step(decision, self._running, self._waiting, limits=self._limits)
         assert plan, "an orchestrator always serves somebody"
-        chunks = [ChunkLoad.of(request, tokens) for request, tokens in plan]
-        load = self.orchestrator.load_of(chunks, decision.folded)
+        load = self.orchestrator.load_of(chunks_of(plan), decision.folded)
         ms = self._device.times.of(load) * math.exp(self._rng.gauss(0, self._device.noise))
         start_s = self.now_s
         for request, _ in plan:

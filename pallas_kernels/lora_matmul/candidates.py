@@ -20,11 +20,12 @@ STEPS = (
     (LINEAR, 64, (16,)),
     (LORA, 4096, (64, 128)),
     (LORA, 512, (32, 64)),
+)
+# Few steps have so many rows: the first model's tiles serve all, so that a device takes 25 minutes.
+RARE_STEPS = (
     (LINEAR, 1, (16,)),
     (LORA, 128, (16, 32)),
 )
-# Rows that few steps have: the first model's tiles serve all, so that a device takes 25 minutes.
-OF_FIRST_MODEL = ((LINEAR, 1), (LORA, 128))
 REGISTERS = 255  # of a thread, at most
 # Addresses, masks and counters of a thread.
 SPARE_REGISTERS = 32

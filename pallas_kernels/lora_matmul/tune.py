@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from pallas_kernels.lora_matmul import candidates, candidates_linear
-from pallas_kernels.lora_matmul.candidates import STEPS, Task
+from pallas_kernels.lora_matmul.candidates import RARE_STEPS, STEPS, Task
 from pallas_kernels.lora_matmul.tiles import LoraTile
 from pallas_kernels.lora_matmul.tiles_linear import MAX_ROWS, LinearTile, linear_tile
 from pallas_kernels.lora_matmul.tuned import ITEM_BYTES, LINEAR, LORA, at_rows, computed_tile
@@ -78,7 +78,8 @@ def is_done(task: Task, table: Table) -> bool:
 
 def _height_lost(task: Task, table: Table) -> bool:
     """Whether so many rows have better row tiles, whatever linear they are multiplied by."""
-    heights = next(heights for op, rows, heights in STEPS if (op, rows) == (task.op, task.tokens))
+    heights_of = {(op, rows): heights for op, rows, heights in STEPS + RARE_STEPS}
+    heights = heights_of[task.op, task.tokens]
     measured = collections.Counter(
         (key.width, key.columns)
         for key, _ in table.entries

@@ -11,7 +11,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pallas_kernels.lora_matmul.candidates import OF_FIRST_MODEL, STEPS, Task
+from pallas_kernels.lora_matmul.candidates import RARE_STEPS, STEPS, Task
 from pallas_kernels.lora_matmul.measure import DeviceLostError, Measurements
 from pallas_kernels.lora_matmul.tune import is_done, key_of, search
 from pallas_kernels.lora_matmul.tuned import KINDS
@@ -89,8 +89,7 @@ def tasks(models: Sequence[str], *, only: str = "") -> list[Task]:
     found = [
         Task(op=op, linear=linear, tokens=tokens, block_rows=height)
         for nth, model in enumerate(models or MODELS)
-        for op, tokens, heights in STEPS
-        if nth == 0 or (op, tokens) not in OF_FIRST_MODEL
+        for op, tokens, heights in (STEPS + RARE_STEPS if nth == 0 else STEPS)
         for height in heights
         for linear in MODELS[model].linears.values()
     ]

@@ -30,7 +30,7 @@ from valora_jax.engine.orchestrator import Orchestrator
 from valora_jax.engine.plan import Plan
 from valora_jax.engine.policies import make_policy
 from valora_jax.engine.request import Request
-from valora_jax.engine.rounds import Adapter, AdapterTraits, ChunkLoad, Decision
+from valora_jax.engine.rounds import Adapter, AdapterTraits, Decision, chunks_of
 from valora_jax.engine.sampling_params import SamplingParams
 from valora_jax.engine.scheduler import Scheduler
 from valora_jax.lora.host_store import AdapterRef
@@ -141,7 +141,7 @@ class Case:
 
     def _run(self, plan: Plan, decision: Decision) -> None:
         """Lets the step end, and as many come as were admitted."""
-        chunks = [ChunkLoad(chunk.request.adapter, chunk.length) for chunk in plan.chunks]
+        chunks = chunks_of((chunk.request, chunk.length) for chunk in plan.chunks)
         load = self._orchestrator.load_of(chunks, decision.folded)
         self._now_s += self._orchestrator.costs.estimate_ms(load) / 1e3
         if decision.merge is not None:

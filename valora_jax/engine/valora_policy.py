@@ -175,14 +175,14 @@ class Valora:
 
     def _next_merge(self, round: Round, chunks: Chunks, choice: _Choice) -> Adapter | None:
         """Whose copy to work on: the one begun, or one that would have paid for itself."""
-        rival, present = _rival(round, chunks), {chunk.adapter for chunk in chunks}
+        rival, begun = _rival(round, chunks), round.copy.begun
         self._gains.move_to(round.now_s)
         if round.copy.usable is not None:
             self._gains.add(round.copy.usable, choice.unmerged_ms - choice.way.token_ms)
         if rival is not None:
             alone = self._best(round, chunks, rival)
             self._gains.add(rival, alone.unmerged_ms - alone.way.token_ms)
-        if (begun := round.copy.begun) is not None and begun in present:  # None is the base model's
+        if begun is not None and any(chunk.adapter == begun for chunk in chunks):
             return begun
         if rival is None:
             return None
